@@ -1,0 +1,33 @@
+"""Errors a user may meet. Each message says what is wrong, with what value, and what to do about it."""
+
+
+class AccVideoError(Exception):
+    """Base of every error meant for a user; the command line prints it in one line and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class InvalidValueError(AccVideoError, ValueError):
+    """An argument outside what is possible: a negative shift, 0 steps, a size that is no multiple of 16."""
+
+    exit_code = 2
+
+
+class CheckpointError(AccVideoError):
+    """A weight file that is missing, damaged, of another model, or does not fit the network."""
+
+
+class PromptError(AccVideoError, ValueError):
+    """A prompt the tiny world cannot understand."""
+
+
+class OutputError(AccVideoError, OSError):
+    """Something could not be written; nothing half-written is left behind."""
+
+
+class MissingExtraError(AccVideoError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class AccVideoWarning(UserWarning):
+    """Something was changed, dropped or guessed, and the result differs for it."""
