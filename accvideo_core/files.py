@@ -1,0 +1,111 @@
+"""Writing files so that nobody ever meets half of one: temporary file in the same folder, fsync, replace, fsync of the folder.
+
+Every file this project writes goes through `atomic_path`; work that takes long calls `check_writable` before it starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import AccVideoError, OutputError
+
+_CURES = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "free some of your quota or choose another disk",
+    errno.EACCES: "choose a folder you may write to, and close any program that has the file open",
+    errno.EPERM: "choose a folder you may write to, and close any program that has the file open",
+    errno.EROFS: "this disk is read-only; choose another",
+    errno.ENOTDIR: "part of the path is a file, not a folder; choose another path",
+    errno.EEXIST: "part of the path is a file, not a folder; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write `path` all or not at all: `with atomic_path("a.safetensors") as temporary: save(tensors, temporary)`.
+
+    Yields a path, not yet existing, in the same folder (made if missing) and ending in `.tmp`, so a writer that goes by
+    the suffix must be told its format. When the block ends well the file is flushed to the disk and moved to `path`,
+    replacing what was there; when it raises, the temporary file is removed and what was there is untouched. The writer
+    must have closed its file by then (Windows moves no open file).
+
+    Raises OutputError, naming path, reason and cure, for every OSError of the writing itself: one that names another file
+    (an input read inside the block) passes as it is.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp") if path.name else path
+    try:
+        _prepare(path)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if isinstance(error, AccVideoError) or not _is_about(error, temporary, path):
+            raise
+        raise _output_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise the OutputError that `atomic_path(path)` would, now, before hours of work; leaves no file and changes none.
+
+    A missing folder is made. What cannot be known ahead (a disk that fills up) is found at the end all the same.
+    """
+    path = Path(path)
+    probe = path.with_name(f".{secrets.token_hex(8)}.tmp") if path.name else path
+    try:
+        _prepare(path)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except OSError as error:
+        if isinstance(error, AccVideoError):
+            raise
+        raise _output_error(path, error) from error
+
+
+def _prepare(path: Path) -> None:
+    """Make the folder; refuse a target that is a folder or a device: replacing /dev/null would break the machine."""
+    if not path.name or path.is_dir():
+        raise OutputError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OutputError(f"cannot write {str(path)!r}: it is a device or a pipe; name a plain file")
+
+
+def _is_about(error: OSError, *paths: Path) -> bool:
+    """Whether an OSError concerns one of these paths or their folder; one without a file name comes from the open file."""
+    if error.filename is None:
+        return True
+    return Path(os.fsdecode(error.filename)) in {p for path in paths for p in (path, *path.parents)}
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error) or type(error).__name__
+    cure = _CURES.get(error.errno or 0, "choose another place to write to")
+    return OutputError(f"cannot write {str(path)!r}: {reason[:1].lower()}{reason[1:]}; {cure}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new name itself survive a power cut, where the system can (Windows cannot, some network disks do not)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
