@@ -1,0 +1,80 @@
+"""English of the tiny world: prompts for attributes, and attributes read back from prompts.
+
+A prompt names some attributes and leaves the others open: "an azure box rising on a grey background".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from .clips import CLASSES
+
+SYNONYMS = {
+    "red": ("red", "crimson", "scarlet"),
+    "green": ("green",),
+    "blue": ("blue", "azure"),
+    "yellow": ("yellow", "golden"),
+    "purple": ("purple", "violet"),
+    "white": ("white", "snowy"),
+    "circle": ("circle", "disc", "ball"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "pyramid"),
+    "right": ("moving right", "going to the right", "drifting rightwards"),
+    "left": ("moving left", "going to the left", "drifting leftwards"),
+    "up": ("moving up", "rising", "drifting upwards"),
+    "down": ("moving down", "falling", "drifting downwards"),
+    "black": ("black",),
+    "teal": ("teal",),
+    "brown": ("brown",),
+    "grey": ("grey", "gray"),
+}
+NOUNS = ("shape", "object", "thing")  # for an open shape
+GLUE = ("a", "an", "on", "to", "the", "background", "moving", "going", "drifting")
+# Words that name a class wherever they stand; a phrase is known by the word that tells it from the others.
+MEANING = {phrase.split()[-1]: name for name, phrases in SYNONYMS.items() for phrase in phrases}
+VOCABULARY = (*GLUE, *NOUNS, *MEANING)
+_KIND = {name: kind for kind, classes in CLASSES.items() for name in classes}
+
+
+def split_words(prompt: str) -> list[str]:
+    """The prompt's words, lower case, without punctuation and digits."""
+    return re.findall(r"[^\W\d_]+", prompt.lower())
+
+
+def read_prompt(prompt: str) -> dict[str, str]:
+    """Attributes a prompt names, as {"colour": "red", ...}; of two names for one attribute the first counts."""
+    named: dict[str, str] = {}
+    for word in split_words(prompt):
+        if word in MEANING:
+            named.setdefault(_KIND[MEANING[word]], MEANING[word])
+    return named
+
+
+def write_prompt(named: Mapping[str, str], generator: torch.Generator) -> str:
+    """An English prompt for the named attributes, with synonyms drawn from the generator; the others stay open."""
+
+    def pick(options: tuple[str, ...]) -> str:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    said = {kind: pick(SYNONYMS[name]) for kind, name in named.items()}
+    words = [said["colour"]] if "colour" in said else []
+    words.append(said["shape"] if "shape" in said else pick(NOUNS))
+    text = ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+    if "motion" in said:
+        text += f" {said['motion']}"
+    if "background" in said:
+        text += f" on a {said['background']} background"
+    return text
+
+
+def open_some(names: Mapping[str, str], generator: torch.Generator, empty: float = 0.02) -> dict[str, str]:
+    """Keep a random part of a scene's attributes: how many is uniform from 1 to all, and rarely (`empty`) none."""
+    kinds = list(names)
+    if float(torch.rand((), generator=generator)) < empty:
+        return {}
+    count = 1 + int(torch.randint(len(kinds), (), generator=generator))
+    keep = {kinds[int(i)] for i in torch.randperm(len(kinds), generator=generator)[:count]}
+    return {kind: name for kind, name in names.items() if kind in keep}

@@ -1,0 +1,273 @@
+"""What each part of the tiny world learns: reconstruction, flow matching, and the teacher's trajectories (Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
+from tqdm import tqdm
+
+from ..distill import trajectory_loss
+from ..dit import Conditioning, DiTConfig, HunyuanVideoDiT
+from ..files import atomic_path
+from ..sampling import Step, euler_flow, make_noise
+from ..schedule import PRESETS, key_indices, key_sigmas, shift_sigmas
+from .clips import Scenes, coverage, keyed_generator, paint, sample_scenes
+from .prompts import open_some, write_prompt
+from .text import TinyTextEncoder
+from .training import Defaults, Part, Task
+from .vae import CHANNELS, LATENT_SCALE, TinyVAE
+
+PRESET = PRESETS["tiny"]
+LATENT_SHAPE = (CHANNELS, 5, 8, 8)
+# The two values one guidance of 6 takes in the network: 6000 in float32, 6016 in bfloat16.
+GUIDANCES = (6.0, 6.016)
+
+
+def make_task(part: Part, seed: int, weights: Path, run: Path, device: torch.device, trajectories: int) -> Task:
+    """The task of that name, reading what earlier parts wrote to `weights`."""
+    if part == "vae":
+        return VAETask(seed, device)
+    if part == "teacher":
+        return TeacherTask(seed, device, weights)
+    return StudentTask(seed, device, weights, run, trajectories)
+
+
+def to_network(frames: Tensor, device: torch.device) -> Tensor:
+    """(B, T, H, W, 3) in [0, 1] -> (B, 3, T, H, W) in [-1, 1] on the device."""
+    return (frames * 2 - 1).permute(0, 4, 1, 2, 3).contiguous().to(device)
+
+
+def save_weights(path: Path, module: nn.Module, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
+    state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in module.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(state, temporary, metadata={"format": "pt", **metadata})
+    return path
+
+
+class VAETask:
+    """L1 + L2 on frames, pixels at and around the object weighted 10 times, through latent noise of random strength."""
+
+    defaults = Defaults(steps=1400, batch=16, lr=2e-3, warmup=50, ema=0.99)
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed, self.device = seed, device
+        torch.manual_seed(seed)
+        self.model: nn.Module = TinyVAE().to(device)
+        self.vae: TinyVAE = self.model  # type: ignore[assignment]
+
+    def prepare(self) -> None:
+        pass
+
+    def batch(self, key: str, step: int, count: int) -> tuple[Tensor, Tensor, torch.Generator]:
+        generator = keyed_generator(self.seed, key, step)
+        scenes = sample_scenes(count, generator)
+        cover = coverage(scenes)
+        near = max_pool2d((cover > 0.01).float(), 7, stride=1, padding=3)
+        return to_network(paint(scenes, cover), self.device), (1 + 9 * near)[:, None].to(self.device), generator
+
+    def loss(self, step: int, batch: int) -> Tensor:
+        frames, weight, generator = self.batch("vae", step, batch)
+        strength = 0.4 * torch.rand(batch, 1, 1, 1, 1, generator=generator)
+        noise = strength * torch.randn(batch, *LATENT_SHAPE, generator=generator)
+        output, raw = self.vae.reconstruct(frames, noise.to(self.device))
+        error = (output.float() - frames).abs()
+        # the raw latents' own scale is free (batch statistics divide it out); this keeps it from drifting
+        drift = raw.float().pow(2).mean().log().pow(2)
+        return (weight * (error + 2 * error**2)).mean() + 1e-3 * drift
+
+    @torch.no_grad()
+    def export(self, folder: Path, steps: int) -> list[Path]:
+        raw = torch.cat([self.vae.encode_raw(self.batch("statistics", i, 32)[0]) for i in range(32)])
+        std, mean = torch.std_mean(raw.float(), dim=(0, 2, 3, 4))
+        self.vae.std.copy_(std)
+        self.vae.mean.copy_(mean)
+        return [save_weights(folder / "vae.safetensors", self.vae, torch.float16, {"steps": str(steps), "seed": str(self.seed)})]
+
+    @torch.no_grad()
+    def sheet(self, path: Path) -> None:
+        frames, _, _ = self.batch("sheet", 0, 6)
+        output = self.vae.decode(self.vae.encode(frames))
+        write_sheet(path, [("true", frames), ("reconstructed", output)])
+
+
+class LatentPool:
+    """Model-space latents of clips and their scenes, drawn anew every `reuse` passes, keyed by (seed, round)."""
+
+    def __init__(self, vae: TinyVAE, seed: int, device: torch.device, size: int = 8192, reuse: int = 4) -> None:
+        self.vae, self.seed, self.device, self.size, self.reuse = vae, seed, device, size, reuse
+        self.round = -1
+        self.scenes: Scenes
+        self.latents: Tensor
+
+    @torch.no_grad()
+    def fill(self, number: int) -> None:
+        self.scenes = sample_scenes(self.size, keyed_generator(self.seed, "pool", number))
+        chunks = []
+        for start in tqdm(range(0, self.size, 64), desc=f"clips, round {number}", leave=False, mininterval=5):
+            scenes = self.scenes.rows(slice(start, start + 64))
+            chunks.append((self.vae.encode(to_network(paint(scenes, coverage(scenes)), self.device)) * LATENT_SCALE).half())
+        self.latents, self.round = torch.cat(chunks), number
+
+    def draw(self, step: int, count: int, generator: torch.Generator) -> tuple[Tensor, list[dict[str, str]]]:
+        """(count, 16, 5, 8, 8) float32 latents and their attributes."""
+        number = step * count // (self.size * self.reuse)
+        if number != self.round:
+            self.fill(number)
+        index = torch.randint(self.size, (count,), generator=generator)
+        return self.latents[index.to(self.device)].float(), [self.scenes.names(int(i)) for i in index]
+
+
+def condition(text: TinyTextEncoder, prompts: Sequence[str], guidance: Tensor) -> Conditioning:
+    states, pooled, mask = text.encode(prompts)
+    return Conditioning(states, pooled, guidance.to(states.device), mask)
+
+
+def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
+    return torch.tensor(GUIDANCES)[torch.randint(2, (count,), generator=generator)]
+
+
+class TeacherTask:
+    """Flow matching: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0. Text encoder and network
+    learn together; prompts leave a random part of the attributes open."""
+
+    defaults = Defaults(steps=2400, batch=48, lr=1.5e-3, warmup=100, ema=0.998)
+    shift = 3.0  # of the training sigmas; sampling uses 7
+
+    def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
+        self.seed, self.device = seed, device
+        self.vae = TinyVAE().to(device).eval().requires_grad_(False)
+        self.vae.load_state_dict(load_file(weights / "vae.safetensors"))
+        torch.manual_seed(seed)
+        self.network = HunyuanVideoDiT(DiTConfig.tiny()).init_weights(seed).to(device)
+        self.text = TinyTextEncoder().to(device)
+        self.model: nn.Module = nn.ModuleDict({"network": self.network, "text": self.text})
+        self.pool = LatentPool(self.vae, seed, device)
+
+    def prepare(self) -> None:
+        pass
+
+    def loss(self, step: int, batch: int) -> Tensor:
+        generator = keyed_generator(self.seed, "teacher", step)
+        clean, names = self.pool.draw(step, batch, generator)
+        said = [open_some(n, generator) for n in names]
+        prompts = [write_prompt(s, generator) if s else "" for s in said]
+        u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        sigma = shift_sigmas(u, self.shift).to(self.device)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
+        cond = condition(self.text, prompts, draw_guidance(batch, generator))
+        return (self.network(noisy, sigma, cond).float() - (noise - clean)).pow(2).mean()
+
+    def export(self, folder: Path, steps: int) -> list[Path]:
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny"}
+        return [
+            save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note),
+            save_weights(folder / "text_encoder.safetensors", self.text, torch.float16, note),
+        ]
+
+    def sheet(self, path: Path) -> None:
+        sample_sheet(path, self.network, self.text, self.vae, PRESET.teacher_steps)
+
+
+class StudentTask:
+    """The trajectory loss alone: from key point k+1 of a teacher's trajectory, the velocity of the segment to key k."""
+
+    defaults = Defaults(steps=1500, batch=48, lr=5e-4, warmup=50, ema=0.998)
+
+    def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
+        from . import load_tiny
+
+        self.seed, self.device, self.run, self.count = seed, device, run, count
+        self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
+        self.network, _, _ = load_tiny("teacher", device=device, folder=weights)
+        self.network.requires_grad_(True).train()
+        self.model: nn.Module = self.network
+        self.sigmas = key_sigmas(PRESET.teacher_steps, PRESET.keys or 5, PRESET.shift).to(device)
+        self.keys: Tensor
+        self.prompts: list[str]
+
+    def prepare(self) -> None:
+        """Capture the trajectories, in chunks that are kept, so that an interrupted capture goes on."""
+        chunk = 128
+        keys, self.prompts = [], []
+        for number in tqdm(range(-(-self.count // chunk)), desc="trajectories", mininterval=5):
+            path = self.run / f"trajectories-{number:03d}.safetensors"
+            generator = keyed_generator(self.seed, "trajectories", number)
+            scenes = sample_scenes(chunk, generator)
+            prompts = [write_prompt(open_some(scenes.names(i), generator), generator) for i in range(chunk)]
+            if not path.exists():
+                seeds = torch.randint(2**31, (chunk,), generator=generator).tolist()
+                captured = self.capture(prompts, seeds)
+                with atomic_path(path) as temporary:
+                    save_file({"keys": captured.half().cpu()}, temporary)
+            keys.append(load_file(path)["keys"])
+            self.prompts += prompts
+        self.keys = torch.cat(keys)
+
+    @torch.no_grad()
+    def capture(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """(B, m + 1, 16, 5, 8, 8): the teacher's key latents in sampling order, noise first."""
+        n, m = PRESET.teacher_steps, PRESET.keys or 5
+        cond = condition(self.text, prompts, torch.full((len(prompts),), PRESET.guidance or 0.0))
+        noise = make_noise((len(prompts), *LATENT_SHAPE), seeds).to(self.device)
+        kept, wanted = [noise], set(key_indices(n, m))
+
+        def keep(step: Step) -> None:
+            if step.index + 1 in wanted:
+                kept.append(step.latent)
+
+        euler_flow(lambda x, s: self.teacher(x, s, cond), noise, PRESET.sigmas(n), [keep])
+        return torch.stack(kept, 1)
+
+    def loss(self, step: int, batch: int) -> Tensor:
+        generator = keyed_generator(self.seed, "student", step)
+        index = torch.randint(len(self.keys), (batch,), generator=generator)
+        position = torch.randperm(batch, generator=generator) % (len(self.sigmas) - 1)  # every segment equally often
+        noisier = self.keys[index, position].float().to(self.device)
+        cleaner = self.keys[index, position + 1].float().to(self.device)
+        sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
+        with torch.no_grad():
+            cond = condition(self.text, [self.prompts[int(i)] for i in index], draw_guidance(batch, generator))
+        return trajectory_loss(self.network(noisier, sigma, cond).float(), noisier, cleaner, sigma, sigma_next)
+
+    def export(self, folder: Path, steps: int) -> list[Path]:
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count)}
+        return [save_weights(folder / "student.safetensors", self.network, torch.bfloat16, note)]
+
+    def sheet(self, path: Path) -> None:
+        sample_sheet(path, self.network, self.text, self.vae, PRESET.steps)
+
+
+SHEET_PROMPTS = (
+    "a red ball moving left on a black background",
+    "an azure box rising on a grey background",
+    "a golden triangle",
+    "a snowy disc going to the right on a teal background",
+    "a violet thing falling",
+    "a shape on a brown background",
+)
+
+
+@torch.no_grad()
+def sample_sheet(path: Path, network: HunyuanVideoDiT, text: TinyTextEncoder, vae: TinyVAE, steps: int) -> None:
+    noise = make_noise((len(SHEET_PROMPTS), *LATENT_SHAPE), range(len(SHEET_PROMPTS)))
+    device = next(network.parameters()).device
+    cond = condition(text, SHEET_PROMPTS, torch.full((len(SHEET_PROMPTS),), 6.0))
+    latent = euler_flow(lambda x, s: network(x, s, cond), noise.to(device), PRESET.sigmas(steps))
+    write_sheet(path, list(zip(SHEET_PROMPTS, vae.decode(latent / LATENT_SCALE)[:, None], strict=True)))
+
+
+def write_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
+    """A PNG with a row of every fourth frame per clip; rows of several clips (B, 3, T, H, W) are laid side by side."""
+    from ..media import contact_sheet, write_png
+
+    clips = []
+    for label, frames in rows:
+        pixels = ((frames.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
+        clips += [(label, clip.permute(1, 2, 3, 0).numpy()) for clip in pixels]
+    write_png(path, contact_sheet(clips))

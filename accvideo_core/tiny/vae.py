@@ -1,0 +1,117 @@
+"""A small convolutional video VAE with HunyuanVideo's proportions: 4 x 8 x 8 compression, 16 channels, causal in time.
+
+Frame 0 is a latent frame of its own, then every four frames make one; latent frame t depends on frames 0..4t only, in
+both directions, so one frame encodes alone. The posterior's variance is fixed (LATENT_NOISE in model space): training
+adds that noise, and batch statistics keep each channel at unit variance, which together bound what a channel can carry.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
+
+from ..errors import InvalidValueError
+
+CHANNELS = 16
+LATENT_SCALE = 0.476986  # model space = VAE latent * LATENT_SCALE, as HunyuanVideo's
+LATENT_NOISE = 0.1
+
+
+class Residual(nn.Module):
+    """x + conv(silu(conv(silu(x)))), 3 x 3, over single frames (B*T, C, H, W)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(silu(self.conv1(silu(x))))
+
+
+class CausalTime(nn.Module):
+    """x + mix of the latent frames t-2, t-1, t at each place; before frame 0 stands frame 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(3 * width, width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor, frames: int) -> Tensor:
+        past = x.unflatten(0, (-1, frames))
+        past = torch.cat([past[:, :1], past[:, :1], past], 1)
+        window = torch.cat([past[:, i : i + frames] for i in range(3)], 2).flatten(0, 1)
+        return x + self.out(silu(self.mix(silu(window))))
+
+
+class TinyVAE(nn.Module):
+    """Frames in [-1, 1] <-> VAE latents (model space = VAE latent * LATENT_SCALE)."""
+
+    def __init__(self, width: int = 64, inner: int = 128) -> None:
+        super().__init__()
+        self.enc_in = nn.Conv2d(12 * 16, width, 1)
+        self.enc_res = nn.ModuleList(Residual(width) for _ in range(2))
+        self.enc_down = nn.Conv2d(4 * width, inner, 1)
+        self.enc_mid = nn.ModuleList(Residual(inner) for _ in range(2))
+        self.enc_time = nn.ModuleList(CausalTime(inner) for _ in range(2))
+        self.enc_out = nn.Conv2d(inner, CHANNELS, 1)
+        self.dec_in = nn.Conv2d(CHANNELS, inner, 1)
+        self.dec_mid = nn.ModuleList(Residual(inner) for _ in range(3))
+        self.dec_time = nn.ModuleList(CausalTime(inner) for _ in range(3))
+        self.dec_up = nn.Conv2d(inner, 4 * width, 1)
+        self.dec_res = nn.ModuleList(Residual(width) for _ in range(2))
+        self.dec_fine = nn.Conv2d(width, 4 * 24, 1)
+        self.dec_last = Residual(24)
+        self.dec_out = nn.Conv2d(24, 12 * 4, 3, padding=1)
+        self.register_buffer("mean", torch.zeros(CHANNELS))
+        self.register_buffer("std", torch.ones(CHANNELS))
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """(B, 3, 4n+1, H, W) in [-1, 1], H and W multiples of 8 -> VAE latent (B, 16, n+1, H/8, W/8)."""
+        raw = self.encode_raw(frames)
+        return (raw - self.mean[:, None, None, None]) / self.std[:, None, None, None] / LATENT_SCALE
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """VAE latent (B, 16, n+1, h, w) -> frames (B, 3, 4n+1, 8h, 8w), clamped to [-1, 1]."""
+        return self.decode_unit(latent * LATENT_SCALE).clamp(-1, 1)
+
+    def encode_raw(self, frames: Tensor) -> Tensor:
+        """Latents before the channel statistics are taken out."""
+        if frames.ndim != 5 or frames.shape[1] != 3:
+            raise InvalidValueError(f"frames must be (B, 3, T, H, W), got {tuple(frames.shape)}")
+        b, _, t, h, w = frames.shape
+        if t % 4 != 1 or h % 8 or w % 8:
+            raise InvalidValueError(f"{t} frames of {h} x {w}: frames must be 4n+1 (1, 5, 9, 13, 17, ...), height and width multiples of 8")
+        x = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)
+        n = x.shape[2] // 4
+        x = x.unflatten(2, (n, 4)).permute(0, 2, 3, 1, 4, 5).reshape(b * n, 12, h, w)
+        x = self.enc_in(pixel_unshuffle(x, 4))
+        for block in self.enc_res:
+            x = block(x)
+        x = self.enc_down(pixel_unshuffle(x, 2))
+        for block, time in zip(self.enc_mid, self.enc_time, strict=True):
+            x = time(block(x), n)
+        return self.enc_out(silu(x)).unflatten(0, (b, n)).transpose(1, 2)
+
+    def decode_unit(self, latent: Tensor) -> Tensor:
+        """Model-space latent (B, 16, n+1, h, w) -> frames (B, 3, 4n+1, 8h, 8w), not clamped."""
+        b, _, n, h, w = latent.shape
+        x = self.dec_in(latent.transpose(1, 2).flatten(0, 1))
+        for block, time in zip(self.dec_mid, self.dec_time, strict=True):
+            x = time(block(x), n)
+        x = pixel_shuffle(self.dec_up(x), 2)
+        for block in self.dec_res:
+            x = block(x)
+        x = self.dec_last(pixel_shuffle(self.dec_fine(x), 2))
+        x = pixel_shuffle(self.dec_out(silu(x)), 2)  # (B*n, 12, 8h, 8w)
+        x = x.reshape(b, n, 4, 3, 8 * h, 8 * w).permute(0, 3, 1, 2, 4, 5).flatten(2, 3)
+        return x[:, :, 3:]
+
+    def reconstruct(self, frames: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """For training: (frames from noisy latents, raw latents), with this batch's own channel statistics."""
+        raw = self.encode_raw(frames)
+        std, mean = torch.std_mean(raw, dim=(0, 2, 3, 4), keepdim=True)
+        return self.decode_unit((raw - mean) / (std + 1e-5) + noise), raw
