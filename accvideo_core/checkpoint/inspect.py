@@ -1,0 +1,206 @@
+"""`accvideo inspect`: what a weight file is, and whether the network in it is whole, finite and alive.
+
+No released 13 B checkpoint could be tried where this project was built, so this is a user's first run with one: names,
+sizes, dtypes and schedule from the header alone; with --self-check every value, one tensor in memory at a time; with
+--step one step of the network itself.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from ..dit import Conditioning
+from ..errors import InvalidValueError
+from ..schedule import PRESETS
+from .layouts import some
+from .reader import FLOAT8, Checkpoint, load_student, open_checkpoint
+
+_STEP_LATENT = (1, 16, 3, 16, 16)  # 9 frames of 128 x 128
+_STEP_TOKENS = 16
+# At sigma 1 the velocity is noise minus the clean video's mean, so a working network's output follows the noise.
+_ALIVE = 0.3
+
+
+@dataclass(frozen=True)
+class InspectArgs:
+    """Say what a weight file is and what is wrong with it. Exit code 1 if anything is."""
+
+    file: Annotated[Path, tyro.conf.Positional]
+    """The weights: safetensors in original or ComfyUI naming."""
+    self_check: bool = False
+    """Also read every value and look for NaN, infinities and tensors that are all zero (reads the whole file)."""
+    step: bool = False
+    """Also build the network and run one step from pure noise on a small latent with random text (needs memory for all of it)."""
+    device: str = "cpu"
+    """Where --step runs: cpu, cuda, mps."""
+    dtype: Literal["stored", "bf16", "fp16", "fp32"] = "stored"
+    """What --step computes in."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+def run(args: InspectArgs) -> int:
+    """Print the report on `args.file`; 0 if nothing is wrong, 1 otherwise. CheckpointError if it cannot be read at all."""
+    with open_checkpoint(args.file, strict=False) as checkpoint:
+        report = describe(checkpoint)
+        if args.self_check:
+            report["values"], found = check_values(checkpoint)
+            report["problems"] += found
+        fits = not checkpoint.differences
+    if args.step and fits:
+        report["step"], found = one_step(args)
+        report["problems"] += found
+    elif args.step:
+        report["problems"].append("--step was not run: the tensors do not fit the network")
+    if args.json:
+        # NaN is no JSON; a statistic that is not finite is null and named among the problems.
+        print(json_module.dumps(_finite(report), indent=2))
+    else:
+        print(_as_text(report))
+    return 1 if report["problems"] else 0
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the header alone tells; "problems" is a list of lines, empty for a file that fits its network."""
+    preset = PRESETS[checkpoint.family]
+    differences = checkpoint.differences
+    problems = [f"the tensors do not fit the network: {differences}"] if differences else []
+    return {
+        "file": str(checkpoint.path),
+        "bytes": checkpoint.path.stat().st_size,
+        "layout": checkpoint.layout,
+        "prefix": checkpoint.prefix,
+        "family": checkpoint.family,
+        "config": asdict(checkpoint.config),
+        "dtypes": {str(dtype).removeprefix("torch."): count for dtype, count in checkpoint.dtypes.items()},
+        "tensors": len(checkpoint.keys()),
+        "parameters": checkpoint.parameters,
+        "metadata": dict(checkpoint.metadata),
+        "schedule": {
+            "steps": preset.steps,
+            "shift": preset.shift,
+            "guidance": preset.guidance,
+            "sigmas": [round(float(sigma), 6) for sigma in preset.sigmas()],
+        },
+        "missing": list(differences.missing),
+        "unexpected": list(differences.unexpected),
+        "misshapen": list(differences.misshapen),
+        "problems": problems,
+    }
+
+
+def check_values(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
+    """Read every tensor once: those with values that are not finite, and those that are zero throughout.
+
+    A zero bias is possible and only listed; a zero weight means a layer that does nothing, and is a problem.
+    """
+    broken: list[str] = []
+    dead: list[str] = []
+    zero_biases: list[str] = []
+    total = sum(checkpoint.nbytes(key) for key in checkpoint)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="self-check", leave=False) as progress:
+        for key in checkpoint:
+            tensor = checkpoint.read(key)
+            values = tensor.to(torch.bfloat16) if tensor.dtype in FLOAT8 else tensor
+            if not bool(torch.isfinite(values).all()):
+                bad = int((~torch.isfinite(values)).sum())
+                broken.append(f"{key} ({bad} of {values.numel()} values)")
+            elif not bool(values.any()):
+                (zero_biases if key.endswith(".bias") else dead).append(key)
+            progress.update(tensor.numel() * tensor.dtype.itemsize)
+    problems = []
+    if broken:
+        problems.append(f"{len(broken)} tensors have NaN or infinite values: {some(broken)}")
+    if dead:
+        problems.append(f"{len(dead)} weights are zero throughout: {some(dead)}")
+    found = {"tensors_read": len(checkpoint.keys()), "not_finite": broken, "zero_weights": dead, "zero_biases": zero_biases}
+    return found, problems
+
+
+@torch.inference_mode()
+def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
+    """Velocity at pure noise (seed 0) with random text: its mean, standard deviation and likeness to the noise.
+
+    The likeness is the correlation of velocity and noise: near 1 for a network that works, near 0 for one whose weights
+    went to the wrong places.
+    """
+    dtype = {"stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidValueError(f"device is {args.device!r}, which this torch cannot use; try --device cpu") from error
+    network = load_student(args.file, device=args.device, dtype=dtype)
+    generator = torch.Generator("cpu").manual_seed(0)
+    c = network.config
+    noise = torch.randn(_STEP_LATENT, generator=generator)
+    conditioning = Conditioning(
+        text=torch.randn(1, _STEP_TOKENS, c.text_dim, generator=generator),
+        pooled=torch.randn(1, c.pooled_dim, generator=generator),
+        guidance=torch.full((1,), 6.0) if c.guidance_embed else None,
+    )
+    velocity = network(noise.to(args.device), torch.ones(1, device=args.device), conditioning.to(args.device)).float().cpu()
+    finite = bool(torch.isfinite(velocity).all())
+    likeness = float(torch.corrcoef(torch.stack([velocity.flatten(), noise.flatten()]))[0, 1])
+    stats = {
+        "latent": list(_STEP_LATENT),
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "mean": float(velocity.mean()),
+        "std": float(velocity.std()),
+        "finite": finite,
+        "likeness_to_noise": likeness,
+    }
+    problems = []
+    if not finite:
+        problems.append("one step gives values that are NaN or infinite; try --dtype bf16 or fp32")
+    elif not likeness >= _ALIVE:
+        problems.append(
+            f"one step does not follow the noise (correlation {likeness:.2f}, a working network is above {_ALIVE}): "
+            "the weights are untrained, damaged or quantised with scales that are not in the file"
+        )
+    return stats, problems
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    config, schedule = report["config"], report["schedule"]
+    guidance = "guidance embedded" if config["guidance_embed"] else "no guidance embedding"
+    lines = [
+        f"file        {report['file']} ({report['bytes'] / 1e6:,.1f} MB)",
+        f"layout      {report['layout']}" + (f", prefix {report['prefix']}" if report["prefix"] else ""),
+        f"family      {report['family']}",
+        f"network     width {config['hidden_size']}, {config['num_heads']} heads, {config['depth_double']} double + "
+        f"{config['depth_single']} single blocks, text {config['text_dim']}, pooled {config['pooled_dim']}, {guidance}",
+        f"parameters  {report['parameters']:,} in {report['tensors']} tensors",
+        "dtypes      " + ", ".join(f"{dtype} x {count}" for dtype, count in report["dtypes"].items()),
+        f"schedule    {schedule['steps']} steps, shift {schedule['shift']:g}, guidance {schedule['guidance']:g}, sigmas "
+        + " ".join(f"{sigma:.5g}" for sigma in schedule["sigmas"]),
+    ]
+    lines += [f"metadata    {key}: {value}" for key, value in report["metadata"].items()]
+    if "values" in report:
+        values = report["values"]
+        lines.append(f"values      {values['tensors_read']} tensors read")
+        if values["zero_biases"]:
+            lines.append(f"note        {len(values['zero_biases'])} biases are zero throughout: {some(values['zero_biases'])}")
+    if "step" in report:
+        step = report["step"]
+        lines.append(
+            f"one step    mean {step['mean']:.4f}, std {step['std']:.4f}, finite {'yes' if step['finite'] else 'no'}, "
+            f"correlation with the noise {step['likeness_to_noise']:.3f} ({step['dtype']})"
+        )
+    lines += [f"PROBLEM     {problem}" for problem in report["problems"]] or ["ok          nothing wrong found"]
+    return "\n".join(lines)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
