@@ -1,0 +1,12 @@
+"""AccVideo's ComfyUI nodes, a module per capability. The table here is what the pack registers."""
+
+from .loaders import AccVideoStudentLoader, AccVideoTinyModels
+from .sampling import AccVideoSampler, AccVideoSigmas
+
+# Node classes by id and display name. Written out, because asking the schemas would list every model folder at start.
+NODES = {
+    "AccVideoStudentLoader": (AccVideoStudentLoader, "AccVideo Student Loader"),
+    "AccVideoTinyModels": (AccVideoTinyModels, "AccVideo Tiny Models"),
+    "AccVideoSampler": (AccVideoSampler, "AccVideo Sampler"),
+    "AccVideoSigmas": (AccVideoSigmas, "AccVideo Sigmas"),
+}

@@ -1,0 +1,322 @@
+"""The only module that uses ComfyUI's internals; every difference between its versions is dealt with here.
+
+A model becomes a native MODEL through ComfyUI's own loader, so it offloads, casts and takes patches like any other;
+the tiny world's text encoder and VAE become a native CLIP and VAE; sampling runs through a native CFGGuider, so
+cfg, hooks, noise masks, previews, progress and interrupts are ComfyUI's own and only the update rule is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.sd1_clip
+import comfy.supported_models_base
+import comfy.taesd.taesd
+import comfy.utils
+import folder_paths
+import latent_preview
+import node_helpers
+import torch
+from tqdm.auto import tqdm
+
+from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError
+from ..accvideo_core.sampling import Step, euler_flow
+
+log = logging.getLogger("accvideo")
+
+
+def diffusion_model_files() -> list[str]:
+    """Names, as ComfyUI lists them, of the files in its `diffusion_models` folders."""
+    return folder_paths.get_filename_list("diffusion_models")
+
+
+def diffusion_model_path(name: str) -> Path:
+    """Where a file of `diffusion_model_files()` lies; CheckpointError when there is none of that name."""
+    path = folder_paths.get_full_path("diffusion_models", name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
+        raise CheckpointError(f"no file {name!r} in ComfyUI's diffusion_models folders; put it into one of {folders} and refresh")
+    return Path(path)
+
+
+def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Call one of ComfyUI's functions with those keywords that this version of it knows: its signatures grow."""
+    known = inspect.signature(function).parameters
+    return function(*args, **{name: value for name, value in keywords.items() if name in known})
+
+
+# ---- MODEL ----------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    read_state: Callable[[], dict[str, torch.Tensor]], source: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A native MODEL from tensors in original Tencent naming.
+
+    read_state  gives a fresh dict of name -> tensor; kept by the MODEL, because newer ComfyUI reloads a model from its
+                source when it needs a second, plain copy (weight hooks, several GPUs)
+    source      what the tensors were read from, for the error message
+    dtype       storage dtype of the weights; None leaves the choice to ComfyUI
+    Raises CheckpointError when this ComfyUI does not recognise the model.
+    """
+    model = _call(
+        comfy.sd.load_diffusion_model_state_dict,
+        sd=read_state(),
+        model_options={} if dtype is None else {"dtype": dtype},
+        disable_dynamic=disable_dynamic,
+    )
+    if model is None:
+        raise CheckpointError(f"ComfyUI does not recognise the model in {source}; update ComfyUI, or check the file with `accvideo inspect`")
+    model.cached_patcher_init = (load_model, (read_state, source, dtype))
+    return model
+
+
+def with_shift(model: comfy.model_patcher.ModelPatcher, shift: float) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a flow MODEL whose own schedule uses this shift; InvalidValueError for a model that is not one."""
+    original = model.get_model_object("model_sampling")
+    if not isinstance(original, comfy.model_sampling.ModelSamplingDiscreteFlow):
+        raise InvalidValueError(
+            f"a {type(model.model).__name__} model is not sampled along a shifted flow; connect a HunyuanVideo or Wan model"
+        )
+    sampling = copy.deepcopy(original)
+    sampling.set_parameters(shift=shift, multiplier=original.multiplier)
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
+def _text_width(network: torch.nn.Module) -> int | None:
+    """Width of the text a HunyuanVideo (txt_in) or Wan (text_embedding) network reads; None for others."""
+    for path in ("txt_in.input_embedder", "text_embedding.0"):
+        try:
+            return int(network.get_submodule(path).in_features)
+        except AttributeError:
+            continue
+    return None
+
+
+# ---- CLIP and VAE of the tiny world ---------------------------------------------------------------------------------
+
+
+class _Tokenizer:
+    """What comfy.sd.CLIP asks of a tokenizer, on top of `TinyTextEncoder.tokenize`."""
+
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict[str, Any] | None = None) -> None:
+        self.tokenize = (tokenizer_data or {})["accvideo_tokenize"]
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **options: Any) -> dict[str, list]:
+        """One row of (token, weight) or, with return_word_ids, (token, weight, word). The encoder knows no emphasis."""
+        parts = comfy.sd1_clip.token_weights(comfy.sd1_clip.escape_important(text), 1.0)
+        if any(weight != 1.0 for _, weight in parts):
+            log.warning("AccVideo: the tiny text encoder has no emphasis; the weights in %r are ignored", text)
+        plain = comfy.sd1_clip.unescape_important("".join(part for part, _ in parts))
+        with warnings.catch_warnings(record=True) as caught:  # Python shows a warning once; a user should see it each time
+            warnings.simplefilter("always", AccVideoWarning)
+            ids = self.tokenize(plain)
+        for warning in caught:
+            log.warning("AccVideo: %s", warning.message)
+        return {"accvideo": [[(token, 1.0, word) if return_word_ids else (token, 1.0) for word, token in enumerate(ids)]]}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class _TextEncoder(torch.nn.Module):
+    """What comfy.sd.CLIP asks of a text model, around a TinyTextEncoder. Always float32: it is small and exact."""
+
+    disable_offload = True  # plain weights, not ComfyUI's casting layers: load whole
+
+    def __init__(self, encoder: torch.nn.Module, dtype: Any = None, device: Any = None, model_options: Any = None) -> None:
+        super().__init__()
+        self.encoder = encoder.float().to(device)
+        self.dtypes = {torch.float32}
+
+    def reset_clip_options(self) -> None:
+        pass
+
+    def set_clip_options(self, options: dict[str, Any]) -> None:
+        if options.get("layer") is not None:
+            log.warning("AccVideo: the tiny text encoder has one layer; 'CLIP Set Last Layer' is ignored")
+
+    def encode_token_weights(self, tokens: dict[str, list]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(1, L, D) text and (1, P) pooled of one prompt."""
+        device = next(self.parameters()).device
+        ids = torch.tensor([[token[0] for token in row] for row in tokens["accvideo"]], dtype=torch.long, device=device)
+        text, pooled = self.encoder(ids, None)
+        target = comfy.model_management.intermediate_device()
+        return text.to(target), pooled.to(target)
+
+    def load_sd(self, state: dict[str, torch.Tensor]) -> Any:
+        return self.load_state_dict(state, strict=False)
+
+
+def native_clip(encoder: torch.nn.Module) -> comfy.sd.CLIP:
+    """A native CLIP around a TinyTextEncoder (`tokenize(prompt)`, `forward(ids, mask) -> text, pooled`)."""
+    target = comfy.supported_models_base.ClipTarget(_Tokenizer, _TextEncoder)
+    target.params = {"encoder": encoder}
+    return comfy.sd.CLIP(target, tokenizer_data={"accvideo_tokenize": encoder.tokenize})
+
+
+def native_vae(module: torch.nn.Module) -> comfy.sd.VAE:
+    """A native VAE around a video autoencoder of HunyuanVideo's geometry: 16 channels, 4 x 8 x 8, causal in time.
+
+    comfy.sd.VAE builds itself from a state dict it knows; it gets that of a small image autoencoder, which sets every
+    attribute this version has, and then everything that describes the model is replaced.
+    """
+    vae = comfy.sd.VAE(sd=comfy.taesd.taesd.TAESD(latent_channels=16).state_dict())
+    vae.latent_channels, vae.latent_dim, vae.output_channels = 16, 3, 3
+    vae.upscale_ratio = (lambda frames: max(0, frames * 4 - 3), 8, 8)
+    vae.downscale_ratio = (lambda frames: max(0, math.floor((frames + 3) / 4)), 8, 8)
+    vae.upscale_index_formula = vae.downscale_index_formula = (4, 8, 8)
+    vae.process_input = lambda image: image * 2.0 - 1.0
+    # In place and returned: older versions use the result, newer ones only the tensor they passed.
+    vae.process_output = lambda image: image.add_(1.0).div_(2.0).clamp_(0.0, 1.0)
+    vae.working_dtypes, vae.vae_dtype = [torch.float32], torch.float32
+    vae.disable_offload = True  # plain weights, not ComfyUI's casting layers: load whole
+    # Peak of a convolution with 64 channels at full resolution, input and output alive, in float32.
+    vae.memory_used_decode = lambda shape, dtype: 2 * 64 * (shape[2] * 4 * shape[3] * 8 * shape[4] * 8) * 4
+    vae.memory_used_encode = lambda shape, dtype: 2 * 64 * math.prod(shape[2:]) * 4
+    vae.first_stage_model = module.float().eval()
+    vae.patcher = comfy.model_patcher.ModelPatcher(module, load_device=vae.device, offload_device=vae.patcher.offload_device)
+    vae.size = None
+    return vae
+
+
+def set_preview_colours(model: comfy.model_patcher.ModelPatcher, factors: torch.Tensor, bias: torch.Tensor) -> None:
+    """Let ComfyUI preview this MODEL's latents with its own linear map: factors (16, 3), bias (3,), giving RGB in [-1, 1]."""
+    # The latent format is an object of this model alone; a decoder for real HunyuanVideo latents would show noise here.
+    latent_format = model.model.latent_format
+    latent_format.latent_rgb_factors = factors.tolist()
+    latent_format.latent_rgb_factors_bias = bias.tolist()
+    latent_format.taesd_decoder_name = None
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def _sample_euler_flow(
+    model: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    disable: bool | None = None,
+) -> torch.Tensor:
+    """`euler_flow` as a ComfyUI sampler function. The callback drives progress and preview, and raises on an interrupt."""
+    extra_args = extra_args or {}
+
+    def velocity(latent: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        denoised = model(latent, sigma, **extra_args)
+        return (latent - denoised) / sigma.view(-1, *[1] * (latent.ndim - 1))
+
+    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
+
+        def report(step: Step) -> None:
+            if callback is not None:
+                callback(
+                    {"i": step.index, "x": step.latent, "denoised": step.denoised, "sigma": step.sigma, "sigma_hat": step.sigma}
+                )
+            bar.update()
+
+        return euler_flow(velocity, x, sigmas, observers=[report])
+
+
+def solver(name: str) -> comfy.samplers.Sampler:
+    """The native SAMPLER for a preset's solver. Wan's authors run UniPC of kind "bh2"; ComfyUI has its own of that kind."""
+    if name == "euler":
+        return comfy.samplers.KSAMPLER(_sample_euler_flow)
+    if name == "uni_pc":
+        return comfy.samplers.sampler_object("uni_pc_bh2")
+    raise InvalidValueError(f"unknown solver {name!r}; known: euler, uni_pc")
+
+
+def with_guidance(conditioning: list, guidance: float) -> list:
+    """The conditioning with its embedded guidance set (as the native FluxGuidance node does), in plain scale."""
+    return node_helpers.conditioning_set_values(conditioning, {"guidance": guidance})
+
+
+def check_conditioning(model: comfy.model_patcher.ModelPatcher, conditioning: list, name: str) -> None:
+    """InvalidValueError for text of another encoder, which would fail deep in the network with a matrix shape."""
+    width = _text_width(model.model.diffusion_model)
+    for text, _ in conditioning:
+        if width is not None and text.shape[-1] != width:
+            raise InvalidValueError(
+                f"the {name} conditioning is {text.shape[-1]} wide but this model reads text of width {width}; "
+                "encode the prompt with the CLIP that belongs to the model"
+            )
+
+
+def prepare_latent(model: comfy.model_patcher.ModelPatcher, latent: dict[str, Any]) -> torch.Tensor:
+    """The samples of a LATENT as this model takes them, (B, C, T, H, W); InvalidValueError when it cannot take them."""
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
+        raise InvalidValueError("the latent holds several streams (video with audio); connect a plain video latent")
+    samples = _call(
+        comfy.sample.fix_empty_latent_channels,
+        model,
+        samples,
+        downscale_ratio_spacial=latent.get("downscale_ratio_spacial"),
+        downscale_ratio_temporal=latent.get("downscale_ratio_temporal"),
+    )
+    channels = model.get_model_object("latent_format").latent_channels
+    if samples.ndim != 5 or samples.shape[1] != channels:
+        raise InvalidValueError(
+            f"the latent has shape {tuple(samples.shape)} but this model reads (batch, {channels}, frames, height, width); "
+            "make it with EmptyHunyuanLatentVideo or this model's VAE"
+        )
+    patch = tuple(getattr(model.model.diffusion_model, "patch_size", (1, 2, 2)))[-2:]
+    for name, size, step in zip(("height", "width"), samples.shape[3:], patch, strict=True):
+        if size % step:
+            raise InvalidValueError(
+                f"the latent's {name} is {size} ({size * 8} pixels), which this model cannot cut into patches of {step}; "
+                f"use a {name} that is a multiple of {8 * step} pixels, {(size - size % step) * 8} or {(size - size % step + step) * 8}"
+            )
+    return samples
+
+
+def sample(
+    model: comfy.model_patcher.ModelPatcher,
+    positive: list,
+    negative: list | None,
+    cfg: float,
+    latent: dict[str, Any],
+    samples: torch.Tensor,
+    seed: int,
+    sigmas: torch.Tensor,
+    sampler: comfy.samplers.Sampler,
+) -> dict[str, Any]:
+    """A new LATENT: `samples` (from `prepare_latent`) noised to sigmas[0] and sampled to sigmas[-1].
+
+    Noise, batch_index and noise_mask are handled as by the native KSampler; without a negative the guider knows only
+    the positive, as the native BasicGuider.
+    """
+    result = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
+    if len(sigmas) < 2:
+        return result | {"samples": samples}
+    guider = comfy.samplers.CFGGuider(model)
+    guider.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
+    guider.set_cfg(cfg)
+    sampled = guider.sample(
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        samples,
+        sampler,
+        sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    return result | {"samples": sampled.to(comfy.model_management.intermediate_device())}

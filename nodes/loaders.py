@@ -1,0 +1,123 @@
+"""Loaders: a student's weight file, or the bundled tiny world, as ComfyUI's native MODEL, CLIP and VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io
+
+from ..accvideo_core.checkpoint import open_checkpoint
+from ..accvideo_core.errors import InvalidValueError
+from ..accvideo_core.schedule import get_preset
+from . import bridge
+
+WEIGHT_DTYPES: dict[str, torch.dtype | None] = {"default": None, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
+
+
+def load_student(path: Path, dtype: torch.dtype | None = None) -> tuple[object, str]:
+    """(native MODEL with its family's shift, family) of any weight file `accvideo_core.checkpoint` reads."""
+
+    def read_state() -> dict[str, torch.Tensor]:
+        with open_checkpoint(path) as checkpoint:
+            return checkpoint.state_dict()
+
+    with open_checkpoint(path) as checkpoint:  # refused here, by name, before anything large is read
+        family = checkpoint.family
+    return bridge.with_shift(bridge.load_model(read_state, str(path), dtype), get_preset(family).shift), family
+
+
+def preview_colours(vae: torch.nn.Module, clips: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """(16, 3) factors and (3,) bias: the linear map from a tiny VAE's model-space latents to colours in [-1, 1].
+
+    Fitted by least squares to a few clips of the tiny world, each latent against the mean colour of its 8 x 8 pixels in
+    the last of its frames. Takes a few hundredths of a second and so always fits the weights at hand.
+    """
+    from ..accvideo_core.tiny import LATENT_SCALE
+    from ..accvideo_core.tiny.clips import keyed_generator, render, sample_scenes
+
+    frames = render(sample_scenes(clips, keyed_generator("preview"))).movedim(-1, 1) * 2 - 1
+    latents = (vae.encode(frames) * LATENT_SCALE).movedim(1, -1).flatten(0, -2)
+    colours = torch.nn.functional.avg_pool3d(frames[:, :, ::4], (1, 8, 8)).movedim(1, -1).flatten(0, -2)
+    inputs = torch.cat([latents, latents.new_ones(len(latents), 1)], 1)
+    solution = torch.linalg.lstsq(inputs.double(), colours.double()).solution.float()
+    return solution[:-1], solution[-1]
+
+
+class AccVideoStudentLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AccVideoStudentLoader",
+            display_name="AccVideo Student Loader",
+            category="AccVideo",
+            description=(
+                "Loads a HunyuanVideo transformer (an AccVideo student or its teacher) as a native model, checked tensor by "
+                "tensor, with the shift of its family. LoRA, offloading and every sampler work with it."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=bridge.diffusion_model_files(),
+                    tooltip="Weight file in ComfyUI's models/diffusion_models folder: safetensors, original or ComfyUI names.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(WEIGHT_DTYPES),
+                    default="default",
+                    tooltip="How weights are kept in memory. default: ComfyUI chooses for your device; bf16: 25.6 GB for the 13 B "
+                    "model; fp8_e4m3fn: 12.8 GB, slightly different results.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Native MODEL with its family's shift already set.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, weight_dtype: str) -> str:
+        """A file that was written again under the same name is another model."""
+        state = bridge.diffusion_model_path(file).stat()
+        return f"{file} {weight_dtype} {state.st_mtime_ns} {state.st_size}"
+
+    @classmethod
+    def execute(cls, file: str, weight_dtype: str) -> io.NodeOutput:
+        if weight_dtype not in WEIGHT_DTYPES:
+            raise InvalidValueError(f"unknown weight dtype {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}")
+        model, _ = load_student(bridge.diffusion_model_path(file), WEIGHT_DTYPES[weight_dtype])
+        return io.NodeOutput(model)
+
+
+class AccVideoTinyModels(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AccVideoTinyModels",
+            display_name="AccVideo Tiny Models",
+            category="AccVideo",
+            description=(
+                "The bundled tiny world: a 4 M-parameter HunyuanVideo with its own text encoder and VAE, which draws moving "
+                "shapes (17 frames of 64 x 64 at 8 fps) in seconds on a CPU. Try prompts like 'a red circle moving left on a "
+                "black background'."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "which",
+                    options=["student", "teacher"],
+                    default="student",
+                    tooltip="student: made for 5 steps. teacher: the model it was distilled from, made for 50 steps.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Native MODEL; use it with AccVideo Sampler, family tiny."),
+                io.Clip.Output(display_name="clip", tooltip="Native CLIP that knows the tiny world's words."),
+                io.Vae.Output(display_name="vae", tooltip="Native VAE, 4 x 8 x 8 compression like HunyuanVideo's."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, which: str) -> io.NodeOutput:
+        from ..accvideo_core import tiny  # not at ComfyUI's start: most sessions never use it
+
+        model, _ = load_student(tiny.weights_path(which))
+        encoder, vae = tiny.load_text_encoder(), tiny.load_vae()
+        bridge.set_preview_colours(model, *preview_colours(vae))
+        return io.NodeOutput(model, bridge.native_clip(encoder), bridge.native_vae(vae))

@@ -1,0 +1,161 @@
+"""A real ComfyUI on the CPU, in a folder of its own, with the pack installed; and the tiny models it is given."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from accvideo_core.comfy_client import ComfyClient, Result
+from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
+from accvideo_core.tiny import TinyTextEncoder, TinyVAE, weights_folder, weights_path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACK = ("__init__.py", "pyproject.toml", "nodes", "accvideo_core", "web", "workflows")
+PARTS = ("student", "teacher", "text_encoder", "vae")
+
+
+def tiny_weights(folder: Path) -> Path:
+    """The folder of the bundled weights, or `folder` filled with random ones while there are none."""
+    if all(weights_path(part).is_file() for part in PARTS):
+        return weights_folder()
+    torch.manual_seed(0)
+    modules = {name: HunyuanVideoDiT(DiTConfig.tiny()) for name in ("student", "teacher")}
+    for name, module in (modules | {"text_encoder": TinyTextEncoder(), "vae": TinyVAE()}).items():
+        state = module.state_dict()
+        for key, value in state.items():
+            if key in ("mean", "std"):
+                continue
+            if value.ndim > 1:
+                value.normal_(std=value[0].numel() ** -0.5)
+            elif key.endswith("norm.weight"):
+                value.uniform_(0.8, 1.2)
+            else:
+                value.normal_(std=0.1)
+        save_file(state, folder / f"{name}.safetensors")
+    return folder
+
+
+class Server:
+    """One running ComfyUI. `base` is its base directory: models, input, output and custom nodes lie there."""
+
+    def __init__(self, checkout: Path, python: Path, base: Path, weights: Path) -> None:
+        self.checkout, self.base = checkout, base
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        (base / "custom_nodes" / "accvideo").mkdir(parents=True)
+        for name in PACK:
+            if (ROOT / name).is_dir():
+                shutil.copytree(
+                    ROOT / name, base / "custom_nodes" / "accvideo" / name, ignore=shutil.ignore_patterns("__pycache__")
+                )
+            else:
+                shutil.copy2(ROOT / name, base / "custom_nodes" / "accvideo" / name)
+        shutil.copytree(ROOT / "tests" / "comfyui" / "pack", base / "custom_nodes" / "accvideo_test")
+        for name in ("models/diffusion_models", "models/loras", "input", "output", "user"):
+            (base / name).mkdir(parents=True, exist_ok=True)
+        self.log = base / "console.log"
+        command = [str(python), "main.py", "--cpu", "--port", self.url.rsplit(":", 1)[1], "--base-directory", str(base)]
+        command += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}", "--disable-auto-launch", "--disable-api-nodes"]
+        command += ["--preview-method", "latent2rgb"]
+        self.process = subprocess.Popen(
+            command,
+            cwd=checkout,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"ACCVIDEO_TINY_WEIGHTS": str(weights), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+
+    def wait_until_ready(self, seconds: float = 300) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI in {self.checkout} ended at its start:\n{self.console()[-4000:]}")
+            try:
+                urllib.request.urlopen(f"{self.url}/system_stats", timeout=5).close()
+                return
+            except OSError:
+                time.sleep(0.3)
+        raise RuntimeError(f"ComfyUI in {self.checkout} did not answer in {seconds} s:\n{self.console()[-4000:]}")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def console(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def run(self, prompt: dict[str, Any], **callbacks: Any) -> Result:
+        """Run a prompt to its end (see ComfyClient.run)."""
+
+        async def go() -> Result:
+            async with ComfyClient(self.url) as comfy:
+                return await comfy.run(prompt, **callbacks)
+
+        return asyncio.run(go())
+
+    def ask(self, question: Callable[[ComfyClient], Any]) -> Any:
+        """The answer to one request: `server.ask(lambda comfy: comfy.node_types())`."""
+
+        async def go() -> Any:
+            async with ComfyClient(self.url) as comfy:
+                return await question(comfy)
+
+        return asyncio.run(go())
+
+    def path(self, file: Any) -> Path:
+        """Where an output file of a run lies."""
+        return self.base / file.folder / file.subfolder / file.filename
+
+    def latents(self, prompt: dict[str, Any], *sources: list[Any], **callbacks: Any) -> list[torch.Tensor]:
+        """Run the part of a prompt that the LATENT sockets `sources` ([node, slot]) need and return those latents."""
+        prompt = {node: content for node, content in prompt.items() if content["class_type"] not in OUTPUTS}
+        names = [f"save{i}" for i in range(len(sources))]
+        for name, source in zip(names, sources, strict=True):
+            prompt[name] = node("SaveLatent", samples=list(source), filename_prefix=f"latents/{name}")
+        files = {file.node: file for file in self.run(prompt, **callbacks).files}
+        return [load_file(self.path(files[name]))["latent_tensor"].clone() for name in names]
+
+
+OUTPUTS = ("SaveVideo", "CreateVideo", "VAEDecode")
+
+
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def tiny_prompt(**sampler: Any) -> dict[str, Any]:
+    """The shipped API workflow, with inputs of its AccVideoSampler (node 4) replaced; None removes one."""
+    prompt = copy.deepcopy(json.loads((ROOT / "workflows" / "api" / "accvideo_tiny_t2v.json").read_text()))
+    for name, value in sampler.items():
+        prompt["4"]["inputs"][name] = value
+        if value is None:
+            del prompt["4"]["inputs"][name]
+    return prompt
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """||value - reference|| / ||reference||."""
+    assert value.shape == reference.shape
+    return float((value.double() - reference.double()).norm() / reference.double().norm())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
