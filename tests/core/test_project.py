@@ -157,7 +157,7 @@ def test_importing_the_library_imports_no_comfyui_and_starts_nothing() -> None:
         for name in {modules}: importlib.import_module(name)
         print(*sys.modules)
     """
-    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, cwd=ROOT.parent)
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert loaded.isdisjoint({"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution"})
