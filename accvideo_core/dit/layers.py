@@ -189,6 +189,24 @@ class TokenRefiner(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Image and text keep their own weights and attend jointly, image first."""
 
+    # Made by name below, one of each a stream; declared here because a type checker cannot follow add_module.
+    img_mod: nn.Module
+    img_norm1: nn.Module
+    img_attn_qkv: nn.Module
+    img_attn_q_norm: nn.Module
+    img_attn_k_norm: nn.Module
+    img_attn_proj: nn.Module
+    img_norm2: nn.Module
+    img_mlp: nn.Module
+    txt_mod: nn.Module
+    txt_norm1: nn.Module
+    txt_attn_qkv: nn.Module
+    txt_attn_q_norm: nn.Module
+    txt_attn_k_norm: nn.Module
+    txt_attn_proj: nn.Module
+    txt_norm2: nn.Module
+    txt_mlp: nn.Module
+
     def __init__(self, dim: int, heads: int, inner: int, ops: Any, **kw: Any) -> None:
         super().__init__()
         self.heads = heads

@@ -57,8 +57,8 @@ class VAETask:
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
         torch.manual_seed(seed)
-        self.model: nn.Module = TinyVAE().to(device)
-        self.vae: TinyVAE = self.model  # type: ignore[assignment]
+        self.vae = TinyVAE().to(device)
+        self.model: nn.Module = self.vae
 
     def prepare(self) -> None:
         pass

@@ -50,6 +50,9 @@ class CausalTime(nn.Module):
 class TinyVAE(nn.Module):
     """Frames in [-1, 1] <-> VAE latents (model space = VAE latent * LATENT_SCALE)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, width: int = 64, inner: int = 128) -> None:
         super().__init__()
         self.enc_in = nn.Conv2d(12 * 16, width, 1)
