@@ -9,9 +9,11 @@ models) is listed here too, so that this file alone says what AccVideo knows abo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+
+import torch
 
 PREFIXES = ("", "model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "net.")
 """What tools put before every name of the network."""
@@ -34,13 +36,16 @@ class Layout:
 
     def original(self, name: str) -> str | None:
         """The original name of a stored tensor, None if this naming has no such tensor."""
-        module, _, leaf = name.rpartition(".")
-        number = re.search(r"blocks\.(\d+)\.", module)
-        pattern = module if number is None else module.replace(number[0], "blocks.{}.", 1)
-        target, new_leaf = self._originals.get(pattern), dict(self.leaves).get(leaf)
-        if target is None or new_leaf is None:
-            return None
-        return f"{target if number is None else target.replace('{}', number[1], 1)}.{new_leaf}"
+        module, number, leaf = split_name(name)
+        target, new_leaf = self._originals.get(module), dict(self.leaves).get(leaf)
+        return None if target is None or new_leaf is None else f"{target.replace('{}', number)}.{new_leaf}"
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """A tensor's (module with `{}` for its block's number, that number or "", leaf)."""
+    module, _, leaf = name.rpartition(".")
+    number = re.search(r"blocks\.(\d+)\.", module)
+    return (module, "", leaf) if number is None else (module.replace(number[0], "blocks.{}.", 1), number[1], leaf)
 
 
 # (ComfyUI native, original). The original layout is the right-hand column onto itself.
@@ -92,6 +97,57 @@ COMFYUI_NATIVE = Layout(
 )
 LAYOUTS = (ORIGINAL, COMFYUI_NATIVE)
 
+# (original, diffusers). Several names are the fused rows in order, each as many as the network is wide, the last the rest.
+_REFINER = "txt_in.individual_token_refiner.blocks.{}."
+_DIFFUSERS_REFINER = "context_embedder.token_refiner.refiner_blocks.{}."
+DIFFUSERS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("img_in.proj", ("x_embedder.proj",)),
+    ("time_in.mlp.0", ("time_text_embed.timestep_embedder.linear_1",)),
+    ("time_in.mlp.2", ("time_text_embed.timestep_embedder.linear_2",)),
+    ("guidance_in.mlp.0", ("time_text_embed.guidance_embedder.linear_1",)),
+    ("guidance_in.mlp.2", ("time_text_embed.guidance_embedder.linear_2",)),
+    ("vector_in.in_layer", ("time_text_embed.text_embedder.linear_1",)),
+    ("vector_in.out_layer", ("time_text_embed.text_embedder.linear_2",)),
+    ("txt_in.input_embedder", ("context_embedder.proj_in",)),
+    ("txt_in.t_embedder.mlp.0", ("context_embedder.time_text_embed.timestep_embedder.linear_1",)),
+    ("txt_in.t_embedder.mlp.2", ("context_embedder.time_text_embed.timestep_embedder.linear_2",)),
+    ("txt_in.c_embedder.linear_1", ("context_embedder.time_text_embed.text_embedder.linear_1",)),
+    ("txt_in.c_embedder.linear_2", ("context_embedder.time_text_embed.text_embedder.linear_2",)),
+    (_REFINER + "norm1", (_DIFFUSERS_REFINER + "norm1",)),
+    (_REFINER + "norm2", (_DIFFUSERS_REFINER + "norm2",)),
+    (_REFINER + "self_attn_qkv", tuple(_DIFFUSERS_REFINER + f"attn.to_{x}" for x in "qkv")),
+    (_REFINER + "self_attn_proj", (_DIFFUSERS_REFINER + "attn.to_out.0",)),
+    (_REFINER + "mlp.fc1", (_DIFFUSERS_REFINER + "ff.net.0.proj",)),
+    (_REFINER + "mlp.fc2", (_DIFFUSERS_REFINER + "ff.net.2",)),
+    (_REFINER + "adaLN_modulation.1", (_DIFFUSERS_REFINER + "norm_out.linear",)),
+    ("double_blocks.{}.img_mod.linear", ("transformer_blocks.{}.norm1.linear",)),
+    ("double_blocks.{}.img_attn_qkv", tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv")),
+    ("double_blocks.{}.img_attn_q_norm", ("transformer_blocks.{}.attn.norm_q",)),
+    ("double_blocks.{}.img_attn_k_norm", ("transformer_blocks.{}.attn.norm_k",)),
+    ("double_blocks.{}.img_attn_proj", ("transformer_blocks.{}.attn.to_out.0",)),
+    ("double_blocks.{}.img_mlp.fc1", ("transformer_blocks.{}.ff.net.0.proj",)),
+    ("double_blocks.{}.img_mlp.fc2", ("transformer_blocks.{}.ff.net.2",)),
+    ("double_blocks.{}.txt_mod.linear", ("transformer_blocks.{}.norm1_context.linear",)),
+    ("double_blocks.{}.txt_attn_qkv", tuple(f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv")),
+    ("double_blocks.{}.txt_attn_q_norm", ("transformer_blocks.{}.attn.norm_added_q",)),
+    ("double_blocks.{}.txt_attn_k_norm", ("transformer_blocks.{}.attn.norm_added_k",)),
+    ("double_blocks.{}.txt_attn_proj", ("transformer_blocks.{}.attn.to_add_out",)),
+    ("double_blocks.{}.txt_mlp.fc1", ("transformer_blocks.{}.ff_context.net.0.proj",)),
+    ("double_blocks.{}.txt_mlp.fc2", ("transformer_blocks.{}.ff_context.net.2",)),
+    (
+        "single_blocks.{}.linear1",
+        (*(f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"), "single_transformer_blocks.{}.proj_mlp"),
+    ),
+    ("single_blocks.{}.linear2", ("single_transformer_blocks.{}.proj_out",)),
+    ("single_blocks.{}.q_norm", ("single_transformer_blocks.{}.attn.norm_q",)),
+    ("single_blocks.{}.k_norm", ("single_transformer_blocks.{}.attn.norm_k",)),
+    ("single_blocks.{}.modulation.linear", ("single_transformer_blocks.{}.norm.linear",)),
+    ("final_layer.linear", ("proj_out",)),
+    ("final_layer.adaLN_modulation.1", ("norm_out.linear",)),
+)
+DIFFUSERS_SWAPPED = ("final_layer.adaLN_modulation.1",)
+"""Modules whose two halves of rows stand the other way round in diffusers (shift, scale here; scale, shift there)."""
+
 # (what it is, how its names show it). The first that matches any name is what the error says.
 _REFUSED_NAMES: tuple[tuple[str, str], ...] = (
     ("a LoRA, not a whole model", r"(\.|_)lora_(A|B|up|down|mid)\.|\.lora_[AB]$|\.hada_w\d|\.lokr_w\d|\.dora_scale$"),
@@ -138,6 +194,21 @@ def recognise(names: Iterable[str]) -> tuple[Layout, str, dict[str, str | None]]
             f"its names begin with {stem!r}, a prefix that is not known (known: {', '.join(p for p in PREFIXES if p)})"
         )
     return layout, prefix, table
+
+
+def to_diffusers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A whole network's tensors under diffusers' names: fused rows split, the final layer's halves swapped (views where
+    possible). KeyError for a name that is not an original one."""
+    width, table = state["img_in.proj.weight"].shape[0], dict(DIFFUSERS)
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in state.items():
+        module, number, leaf = split_name(name)
+        names = [f"{target.replace('{}', number)}.{leaf}" for target in table[module]]
+        if module in DIFFUSERS_SWAPPED:
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        parts = tensor.split([width] * (len(names) - 1) + [len(tensor) - width * (len(names) - 1)])
+        out.update(zip(names, parts, strict=True))
+    return out
 
 
 def some(names: Iterable[str], limit: int = 10) -> str:
