@@ -229,3 +229,13 @@ def test_registry_entry() -> None:
     for ignored in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines():
         kept = ("accvideo_core", "nodes", "web", "locales", "workflows", "__init__.py", "requirements.txt", "pyproject.toml")
         assert ignored.strip("/") not in kept
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCES, *sorted((ROOT / "nodes").rglob("*.py"))], ids=lambda p: p.relative_to(ROOT).as_posix()
+)
+def test_torch_load_takes_tensors_only(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert given.get("weights_only") == "True", f"line {node.lineno}: a pickle can run code"
