@@ -139,9 +139,10 @@ class TeacherTask:
     shift = 3.0  # of the training sigmas; sampling uses 7
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
+        from . import load_vae
+
         self.seed, self.device = seed, device
-        self.vae = TinyVAE().to(device).eval().requires_grad_(False)
-        self.vae.load_state_dict(load_file(weights / "vae.safetensors"))
+        self.vae = load_vae(weights).to(device)
         torch.manual_seed(seed)
         self.network = HunyuanVideoDiT(DiTConfig.tiny()).init_weights(seed).to(device)
         self.text = TinyTextEncoder().to(device)

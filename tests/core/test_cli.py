@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import subprocess
 import sys
 import types
 import warnings
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from accvideo_core import __version__, cli
 from accvideo_core.errors import AccVideoWarning, InvalidValueError, PromptError
@@ -153,3 +157,44 @@ def test_module_is_the_command_and_a_closed_pipe_is_no_traceback() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Weights of another model, a truncated file, and a plain file where a folder is wanted."""
+    save_file({"conv.weight": torch.zeros(2, 2), "conv.bias": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-5])
+    (tmp_path / "text.safetensors").write_text("no weights at all")
+    (tmp_path / "file").write_text("a file, not a folder")
+    return tmp_path
+
+
+# A command line, with FOLDER for the test's folder; the exit code; what the one line must hold: the value and the cure.
+BAD_INPUT = [
+    ("inspect FOLDER/missing.safetensors", 1, ["FOLDER/missing.safetensors", "check the path"]),
+    ("inspect FOLDER/cut.safetensors", 1, ["FOLDER/cut.safetensors", "download it again"]),
+    ("inspect FOLDER/text.safetensors", 1, ["FOLDER/text.safetensors"]),
+    ("inspect FOLDER/other.safetensors", 1, ["FOLDER/other.safetensors"]),
+    ("inspect FOLDER", 1, ["FOLDER"]),
+    ("tiny train vae --run FOLDER/file", 1, ["FOLDER/file", "part of the path is a file"]),
+    ("tiny train vae --run FOLDER/run --weights FOLDER/file", 1, ["FOLDER/file", "part of the path is a file"]),
+    ("tiny train vae --run FOLDER/run --steps -1", 2, ["steps -1", "at least 1"]),
+    ("tiny train vae --run FOLDER/run --lr nan", 2, ["lr nan", "above 0"]),
+    ("tiny train vae --run FOLDER/run --device abacus", 2, ["abacus"]),
+    ("tiny train teacher --run FOLDER/run --weights FOLDER/none", 1, ["FOLDER/none"]),
+]
+
+
+@pytest.mark.parametrize(("line", "code", "words"), BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
+def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], line: str, code: int, words: list[str]) -> None:
+    before = files_in(folder)
+    assert cli.main([word.replace("FOLDER", str(folder)) for word in shlex.split(line)]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("accvideo: error: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word.replace("FOLDER", str(folder)) in err
+    assert files_in(folder) == before
