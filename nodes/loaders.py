@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..accvideo_core.checkpoint import open_checkpoint
-from ..accvideo_core.errors import InvalidValueError
+from ..accvideo_core.errors import CheckpointError, InvalidValueError
 from ..accvideo_core.schedule import get_preset
 from . import bridge
 
@@ -71,6 +71,13 @@ class AccVideoStudentLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Native MODEL with its family's shift already set.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        try:
+            return file is None or bool(bridge.diffusion_model_path(file))
+        except CheckpointError as error:
+            return str(error)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, weight_dtype: str) -> str:

@@ -1,0 +1,239 @@
+"""AccVideoSampler in a real ComfyUI: the same numbers as ComfyUI's own samplers and as the library, and the same manners."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from accvideo_core.comfy_client import ComfyClient, ComfyInterrupted, Progress
+from accvideo_core.dit import Conditioning
+from accvideo_core.sampling import few_step, make_noise
+from accvideo_core.schedule import PRESETS
+from accvideo_core.tiny import LATENT_SCALE, load_tiny
+from tests.comfyui.server import Server, node, relative_error, tiny_prompt
+
+PROMPT = tiny_prompt()["2"]["inputs"]["text"]
+FAINT = 1e-5  # relative L2 between two samplers in the same process that differ by rounding
+
+
+def with_ksampler(prompt: dict, **inputs: object) -> dict:
+    """The prompt with a native KSampler (euler, simple) as node "native", on what node 4 samples."""
+    ours = prompt["4"]["inputs"]
+    settings = dict(
+        model=ours["model"],
+        positive=ours["positive"],
+        negative=ours.get("negative", ours["positive"]),
+        latent_image=ours["latent"],
+        seed=ours["seed"],
+        steps=5,
+        cfg=1.0,
+        sampler_name="euler",
+        scheduler="simple",
+        denoise=1.0,
+    )
+    return prompt | {"native": node("KSampler", **settings | inputs)}
+
+
+def both(server: Server, prompt: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    ours, native = server.latents(prompt, ["4", 0], ["native", 0])
+    return ours, native
+
+
+def generate(weights: Path, seed: int, which: str = "student") -> torch.Tensor:
+    """VAE latent of the library's own run of PROMPT, no ComfyUI involved."""
+    network, encoder, _ = load_tiny(which, folder=weights)
+    text, pooled, mask = encoder.encode([PROMPT])
+    preset = PRESETS["tiny"]
+    conditioning = Conditioning(text, pooled, torch.tensor([preset.guidance]), mask)
+    with torch.inference_mode():
+        latent = few_step(lambda x, sigma: network(x, sigma, conditioning), make_noise((1, 16, 5, 8, 8), [seed]), preset)
+    return latent / LATENT_SCALE
+
+
+def test_the_api_workflow_runs_to_an_mp4(server: Server) -> None:
+    result = server.run(tiny_prompt())
+    (file,) = result.files
+    with av.open(str(server.path(file))) as video:
+        assert video.streams.video[0].average_rate == 8
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    assert frames.shape == (17, 64, 64, 3)
+    assert frames.std() > 5
+
+
+def test_each_step_reports_progress_and_a_preview(server: Server) -> None:
+    steps: list[Progress] = []
+    previews: list[bytes] = []
+    server.run(tiny_prompt(seed=77), on_progress=lambda p: p.node == "4" and steps.append(p), on_preview=previews.append)
+    assert [(step.value, step.total) for step in steps] == [(i, 5) for i in range(1, 6)]
+    assert len(previews) == 5
+    assert all(Image.open(io.BytesIO(picture)).size[0] >= 8 for picture in previews)
+
+
+def test_custom_sampling_with_our_sigmas_is_the_sampler(server: Server) -> None:
+    prompt = tiny_prompt() | {
+        "sigmas": node("AccVideoSigmas", family="tiny", steps=5, shift=7.0),
+        "guided": node("FluxGuidance", conditioning=["2", 0], guidance=6.0),
+        "guider": node("BasicGuider", model=["1", 0], conditioning=["guided", 0]),
+        "noise": node("RandomNoise", noise_seed=1),
+        "euler": node("KSamplerSelect", sampler_name="euler"),
+        "native": node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["euler", 0],
+            sigmas=["sigmas", 0],
+            latent_image=["3", 0],
+        ),
+    }
+    ours, native = both(server, prompt)
+    assert relative_error(ours, native) < FAINT
+
+
+def test_the_library_generates_the_same_latent(server: Server, weights: Path) -> None:
+    (latent,) = server.latents(tiny_prompt(seed=5), ["4", 0])
+    assert relative_error(generate(weights, 5), latent) < 1e-3
+    assert relative_error(generate(weights, 6), latent) > 0.1
+
+
+def test_what_is_left_out_comes_from_the_family(server: Server) -> None:
+    (explicit,) = server.latents(tiny_prompt(), ["4", 0])
+    (implicit,) = server.latents(tiny_prompt(steps=None, shift=None, guidance=None, cfg=None, denoise=None), ["4", 0])
+    assert torch.equal(explicit, implicit)
+
+
+def test_the_models_own_schedule_is_the_familys(server: Server) -> None:
+    ours, native = both(server, with_ksampler(tiny_prompt()))
+    assert relative_error(ours, native) < FAINT
+
+
+def test_another_shift_is_the_native_shift_node(server: Server) -> None:
+    prompt = with_ksampler(tiny_prompt(shift=3.0), model=["shifted", 0])
+    prompt["shifted"] = node("ModelSamplingSD3", model=["1", 0], shift=3.0)
+    ours, native = both(server, prompt)
+    assert relative_error(ours, native) < FAINT
+
+
+def test_guidance_is_the_native_guidance_node(server: Server) -> None:
+    prompt = with_ksampler(tiny_prompt(guidance=2.0), positive=["guided", 0])
+    prompt["guided"] = node("FluxGuidance", conditioning=["2", 0], guidance=2.0)
+    ours, native = both(server, prompt)
+    assert relative_error(ours, native) < FAINT
+    (plain,) = server.latents(tiny_prompt(), ["4", 0])
+    assert relative_error(ours, plain) > 1e-3
+
+
+def test_cfg_and_negative_are_passed_through(server: Server) -> None:
+    prompt = tiny_prompt(negative=["no", 0], cfg=3.0)
+    prompt["no"] = node("CLIPTextEncode", clip=["1", 1], text="a blue square")
+    ours, native = both(server, with_ksampler(prompt, cfg=3.0))
+    assert relative_error(ours, native) < FAINT
+    (plain,) = server.latents(tiny_prompt(), ["4", 0])
+    assert relative_error(ours, plain) > 1e-2
+
+
+def test_a_batch_gets_the_noise_of_native_samplers(server: Server) -> None:
+    prompt = tiny_prompt()
+    prompt["3"]["inputs"]["batch_size"] = 2
+    ours, native = both(server, with_ksampler(prompt))
+    assert ours.shape[0] == 2
+    assert relative_error(ours, native) < FAINT
+    assert relative_error(ours[:1], ours[1:]) > 0.1
+
+
+def test_a_row_taken_from_a_batch_keeps_its_noise(server: Server) -> None:
+    """LatentFromBatch sets batch_index; native samplers then draw that row's noise."""
+    prompt = tiny_prompt()
+    prompt["3"]["inputs"]["batch_size"] = 3
+    (whole,) = server.latents(prompt, ["4", 0])
+    prompt["row"] = node("LatentFromBatch", samples=["3", 0], batch_index=2, length=1)
+    prompt["4"]["inputs"]["latent"] = ["row", 0]
+    ours, native = both(server, with_ksampler(prompt))
+    assert relative_error(ours, native) < FAINT
+    assert relative_error(ours, whole[2:]) < 1e-4
+
+
+@pytest.mark.parametrize("denoise", [0.5, 0.25])  # schedules ComfyUI's table of 1000 levels holds exactly
+def test_denoise_below_one_is_the_native_denoise(server: Server, denoise: float) -> None:
+    prompt = tiny_prompt(latent=["start", 0], denoise=denoise, seed=9)
+    prompt["start"] = node("AccVideoSampler", **tiny_prompt()["4"]["inputs"])
+    ours, native = both(server, with_ksampler(prompt, denoise=denoise))
+    assert relative_error(ours, native) < FAINT
+
+
+def test_denoise_zero_keeps_the_latent(server: Server) -> None:
+    prompt = tiny_prompt(latent=["start", 0], denoise=0.0)
+    prompt["start"] = node("AccVideoSampler", **tiny_prompt()["4"]["inputs"])
+    kept, start = server.latents(prompt, ["4", 0], ["start", 0])
+    assert torch.equal(kept, start)
+
+
+def test_a_noise_mask_is_obeyed_as_natively(server: Server) -> None:
+    prompt = tiny_prompt(latent=["masked", 0], seed=9)
+    prompt["start"] = node("AccVideoSampler", **tiny_prompt()["4"]["inputs"])
+    prompt["zero"] = node("SolidMask", value=0.0, width=64, height=64)
+    prompt["one"] = node("SolidMask", value=1.0, width=32, height=64)
+    prompt["half"] = node("MaskComposite", destination=["zero", 0], source=["one", 0], x=0, y=0, operation="add")
+    prompt["masked"] = node("SetLatentNoiseMask", samples=["start", 0], mask=["half", 0])
+    ours, native, start = server.latents(with_ksampler(prompt), ["4", 0], ["native", 0], ["start", 0])
+    assert relative_error(ours, native) < FAINT
+    assert relative_error(ours[..., 4:], start[..., 4:]) < 1e-4, "outside the mask nothing changes"
+    assert relative_error(ours[..., :4], start[..., :4]) > 0.1
+
+
+def test_wan_presets_use_the_authors_solver(server: Server) -> None:
+    """On the tiny model, which is no Wan: only the solver and the schedule are looked at."""
+    prompt = tiny_prompt(family="wan-t2v-14b", steps=None, shift=None, guidance=None) | {
+        "sigmas": node("AccVideoSigmas", family="wan-t2v-14b"),
+        "guider": node("BasicGuider", model=["1", 0], conditioning=["2", 0]),
+        "noise": node("RandomNoise", noise_seed=1),
+        "unipc": node("KSamplerSelect", sampler_name="uni_pc_bh2"),
+        "native": node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["unipc", 0],
+            sigmas=["sigmas", 0],
+            latent_image=["3", 0],
+        ),
+    }
+    ours, native = both(server, prompt)
+    assert relative_error(ours, native) < FAINT
+
+
+@pytest.mark.parametrize("sampler", ["AccVideoSampler", "SamplerCustomAdvanced"])
+def test_an_interrupt_is_obeyed_before_a_second_network_call(server: Server, sampler: str, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    prompt = tiny_prompt(model=["watch", 0], seed=int(time.time()))
+    prompt["watch"] = node("AccVideoTestWatch", model=["1", 0], log=str(calls), seconds=1.5)
+    if sampler == "SamplerCustomAdvanced":
+        prompt["sigmas"] = node("AccVideoSigmas", family="tiny")
+        prompt["guider"] = node("BasicGuider", model=["watch", 0], conditioning=["2", 0])
+        prompt["noise"] = node("RandomNoise", noise_seed=int(time.time()))
+        prompt["euler"] = node("KSamplerSelect", sampler_name="euler")
+        prompt["4"] = node(
+            sampler, noise=["noise", 0], guider=["guider", 0], sampler=["euler", 0], sigmas=["sigmas", 0], latent_image=["3", 0]
+        )
+
+    async def interrupt_the_first_call() -> float:
+        async with ComfyClient(server.url) as comfy:
+            run = asyncio.create_task(comfy.run(prompt))
+            while not calls.exists() and not run.done():
+                await asyncio.sleep(0.02)
+            begin = time.monotonic()
+            await comfy.interrupt()
+            with pytest.raises(ComfyInterrupted, match="node 4"):
+                await run
+            return time.monotonic() - begin
+
+    seconds = asyncio.run(interrupt_the_first_call())
+    assert len(calls.read_text().splitlines()) == 1
+    assert seconds < 4
+    assert len(server.run(tiny_prompt(seed=3)).files) == 1, "the next prompt runs"

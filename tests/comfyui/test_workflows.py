@@ -1,0 +1,116 @@
+"""The shipped workflows and the nodes' descriptions, held against what a real ComfyUI says its nodes are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.comfyui.server import ROOT, Server
+
+NODES = ("AccVideoStudentLoader", "AccVideoTinyModels", "AccVideoSampler", "AccVideoSigmas")
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str, "COMFY_DYNAMICCOMBO_V3": str}
+
+
+@pytest.fixture(scope="module")
+def node_types(server: Server) -> dict[str, Any]:
+    return server.ask(lambda comfy: comfy.node_types())
+
+
+def inputs_of(node_type: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """{input: (type, options)} in the order the front end shows them, old and new ways of writing a combo made one."""
+    inputs = {}
+    for group in ("required", "optional"):
+        for name, (kind, *options) in node_type["input"].get(group, {}).items():
+            options = dict(options[0]) if options else {}
+            if isinstance(kind, list):
+                kind, options = "COMBO", options | {"options": kind}
+            inputs[name] = (kind, options)
+    return inputs
+
+
+def as_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str, Any]:
+    """A UI workflow as an API prompt, the way the front end makes it; every link and widget is checked on the way."""
+    links = {link[0]: link for link in workflow["links"]}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert workflow["last_node_id"] == max(nodes) and workflow["last_link_id"] == max(links)
+    prompt = {}
+    for node in workflow["nodes"]:
+        declared = inputs_of(node_types[node["type"]])
+        filled: dict[str, Any] = {}
+        for slot, socket in enumerate(node["inputs"]):
+            kind, _ = declared[socket["name"]]
+            assert kind == socket["type"] and kind not in WIDGETS
+            if socket["link"] is None:
+                assert socket["name"] in node_types[node["type"]]["input"]["optional"]
+                continue
+            _, source, source_slot, target, target_slot, link_kind = links.pop(socket["link"])
+            assert (target, target_slot, link_kind) == (node["id"], slot, kind)
+            output = nodes[source]["outputs"][source_slot]
+            assert socket["link"] in output["links"] and output["type"] == kind
+            assert node_types[nodes[source]["type"]]["output"][source_slot] == kind
+            filled[socket["name"]] = [str(source), source_slot]
+        values = list(node["widgets_values"])
+        for name, (kind, options) in declared.items():
+            if kind not in WIDGETS or not values:  # values missing at the end: the front end takes the defaults
+                continue
+            value = values.pop(0)
+            assert isinstance(value, WIDGETS[kind]), (node["type"], name, value)
+            if kind == "COMBO" and options.get("options"):
+                assert value in options["options"]
+            if options.get("control_after_generate"):
+                assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
+            filled[name] = value
+        assert not values, f"{node['type']} has {len(values)} widget values too many"
+        for name in node_types[node["type"]]["input"]["required"]:
+            assert name in filled, f"{node['type']} lacks {name}"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": filled}
+    assert not links, "links that lead nowhere"
+    return prompt
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_ui_workflow_is_its_api_workflow(server: Server, node_types: dict[str, Any], path: Any) -> None:
+    made = as_prompt(json.loads(path.read_text()), node_types)
+    shipped = json.loads((path.parent / "api" / path.name).read_text())
+    assert set(made) == set(shipped)
+    for key, node in shipped.items():
+        assert made[key]["class_type"] == node["class_type"]
+        for name, value in made[key]["inputs"].items():
+            assert node["inputs"].get(name) == value, (key, name)
+        # Not in the UI workflow: an input only some versions have. Its value must be the default.
+        for name in set(node["inputs"]) - set(made[key]["inputs"]):
+            kind, options = inputs_of(node_types[node["class_type"]]).get(name, (None, {}))
+            assert kind is None or options.get("default", node["inputs"][name]) == node["inputs"][name]
+    assert len(server.run(made).files) == 1
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_every_node_explains_itself(node_types: dict[str, Any], node_id: str) -> None:
+    node = node_types[node_id]
+    assert node["category"] == "AccVideo"
+    assert node["display_name"].startswith("AccVideo ") and len(node["description"]) > 60
+    for name, (_, options) in inputs_of(node).items():
+        assert len(options.get("tooltip", "")) > 15, f"{node_id}.{name} has no tooltip"
+    assert all(len(tooltip or "") > 15 for tooltip in node["output_tooltips"])
+    page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
+    assert page.startswith(f"# {node['display_name']}\n")
+    for name in inputs_of(node):
+        assert name in page, f"{node_id}.md says nothing of {name}"
+
+
+def test_the_help_pages_are_served(server: Server) -> None:
+    import urllib.request
+
+    for node_id in NODES:
+        with urllib.request.urlopen(f"{server.url}/extensions/accvideo/docs/{node_id}.md") as answer:
+            assert answer.read().decode() == (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
+
+
+def test_the_pack_loads_quickly_and_alone(server: Server) -> None:
+    """Import times as ComfyUI prints them; a failed import would say so on the same line."""
+    (line,) = (line for line in server.console().splitlines() if line.rstrip().endswith("custom_nodes/accvideo"))
+    assert "FAILED" not in line
+    assert float(line.split(" seconds")[0].split()[-1]) < 2
