@@ -11,10 +11,9 @@ import json as json_module
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from tqdm import tqdm
 
 from ..dit import Conditioning
@@ -33,7 +32,7 @@ _ALIVE = 0.3
 class InspectArgs:
     """Say what a weight file is and what is wrong with it. Exit code 1 if anything is."""
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Path
     """The weights: safetensors in original or ComfyUI naming."""
     self_check: bool = False
     """Also read every value and look for NaN, infinities and tensors that are all zero (reads the whole file)."""
