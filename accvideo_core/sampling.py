@@ -6,6 +6,7 @@ d latent / d sigma along the path, so that clean = latent - sigma * velocity. Al
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,6 @@ def check_sigmas(sigmas: torch.Tensor) -> list[float]:
     levels = [float(s) for s in sigmas]
     if len(levels) < 2:
         raise InvalidValueError(f"a schedule needs at least 2 sigmas, got {len(levels)}")
-    if not all(0 <= s <= 1 for s in levels) or not all(a > b for a, b in zip(levels, levels[1:], strict=False)):
+    if not all(0 <= s <= 1 for s in levels) or not all(a > b for a, b in itertools.pairwise(levels)):
         raise InvalidValueError(f"sigmas must fall strictly, within 1 to 0; got {levels}")
     return levels

@@ -39,7 +39,9 @@ def key_indices(n: int, m: int) -> tuple[int, ...]:
     unless m divides n.
     """
     if m < 1 or n < 1 or n % m:
-        raise InvalidValueError(f"{m} key segments do not divide {n} steps; choose a number of steps that is a multiple of the keys")
+        raise InvalidValueError(
+            f"{m} key segments do not divide {n} steps; choose a number of steps that is a multiple of the keys"
+        )
     return tuple(range(0, n + 1, n // m))
 
 

@@ -46,7 +46,13 @@ class Conditioning:
         def move(t: Tensor | None) -> Tensor | None:
             return None if t is None else t.to(device)
 
-        return replace(self, text=self.text.to(device), pooled=self.pooled.to(device), guidance=move(self.guidance), text_mask=move(self.text_mask))
+        return replace(
+            self,
+            text=self.text.to(device),
+            pooled=self.pooled.to(device),
+            guidance=move(self.guidance),
+            text_mask=move(self.text_mask),
+        )
 
     def rows(self, index: Any) -> Conditioning:
         """The rows that `index` (a slice, a list or a tensor) selects."""
@@ -175,7 +181,9 @@ class HunyuanVideoDiT(nn.Module):
                 f"make the video's height and width multiples of {8 * patch[1]}"
             )
         if unknown := [name for name in features if name not in self.block_names()]:
-            raise InvalidValueError(f"no block named {', '.join(unknown)}; blocks are double_blocks.0 to {self.block_names()[-1]}")
+            raise InvalidValueError(
+                f"no block named {', '.join(unknown)}; blocks are double_blocks.0 to {self.block_names()[-1]}"
+            )
         return frozenset(features)
 
 

@@ -61,12 +61,25 @@ def _load(module: Any, path: Path) -> Any:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read the bundled weights {str(path)!r} ({error}); reinstall accvideo or train them: accvideo tiny train") from error
+        raise CheckpointError(
+            f"cannot read the bundled weights {str(path)!r} ({error}); reinstall accvideo or train them: accvideo tiny train"
+        ) from error
     try:
         nn.Module.load_state_dict(module, {name: t.float() for name, t in state.items()})
     except RuntimeError as error:
-        raise CheckpointError(f"{str(path)!r} does not fit this version of accvideo: {str(error).splitlines()[-1].strip()}; train it again") from error
+        raise CheckpointError(
+            f"{str(path)!r} does not fit this version of accvideo: {str(error).splitlines()[-1].strip()}; train it again"
+        ) from error
     return module.eval().requires_grad_(False)
 
 
-__all__ = ["LATENT_SCALE", "TinyTextEncoder", "TinyVAE", "load_text_encoder", "load_tiny", "load_vae", "weights_folder", "weights_path"]
+__all__ = [
+    "LATENT_SCALE",
+    "TinyTextEncoder",
+    "TinyVAE",
+    "load_text_encoder",
+    "load_tiny",
+    "load_vae",
+    "weights_folder",
+    "weights_path",
+]

@@ -62,7 +62,10 @@ class Scenes:
     def of(cls, scenes: Sequence[Mapping]) -> Scenes:
         """From dictionaries of attribute names and geometry (radius, speed, centre)."""
         numbers = {k: torch.tensor([classes.index(s[k]) for s in scenes]) for k, classes in CLASSES.items()}
-        geometry = {k: torch.tensor([[float(x) for x in s[k]] if k == "centre" else float(s[k]) for s in scenes]) for k in ("radius", "speed", "centre")}
+        geometry = {
+            k: torch.tensor([[float(x) for x in s[k]] if k == "centre" else float(s[k]) for s in scenes])
+            for k in ("radius", "speed", "centre")
+        }
         return cls(**numbers, **geometry)
 
 

@@ -30,9 +30,16 @@ def tokenize(prompt: str) -> list[int]:
     unknown = [w for w in words if w not in _TOKEN]
     if prompt.strip() and not any(w in MEANING or w in NOUNS for w in words):
         known = "; ".join(f"{kind}: {', '.join(classes)}" for kind, classes in CLASSES.items())
-        raise PromptError(f"no word of {prompt!r} is known to the tiny world, which draws {known}; try 'a red ball moving left on a black background'")
+        raise PromptError(
+            f"no word of {prompt!r} is known to the tiny world, which draws {known}; "
+            "try 'a red ball moving left on a black background'"
+        )
     if unknown:
-        warnings.warn(f"the tiny world does not know {', '.join(repr(w) for w in dict.fromkeys(unknown))} in {prompt!r}; left out", AccVideoWarning, stacklevel=2)
+        warnings.warn(
+            f"the tiny world does not know {', '.join(repr(w) for w in dict.fromkeys(unknown))} in {prompt!r}; left out",
+            AccVideoWarning,
+            stacklevel=2,
+        )
     kept = [_TOKEN[w] for w in words if w in _TOKEN]
     if len(kept) >= MAX_TOKENS:
         warnings.warn(f"{prompt!r} is longer than {MAX_TOKENS - 1} words; the rest is left out", AccVideoWarning, stacklevel=2)
@@ -87,5 +94,3 @@ class TinyTextEncoder(nn.Module):
             lengths = torch.tensor([len(r) for r in rows], device=device)
             mask = torch.arange(longest, device=device)[None] < lengths[:, None]
         return *self(tokens, mask), mask
-
-

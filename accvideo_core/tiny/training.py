@@ -128,7 +128,9 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
         value = loss.item()
         if not math.isfinite(value):
-            raise InvalidValueError(f"the {args.part} loss became {value} at step {step}; start again with a lower --lr than {lr}")
+            raise InvalidValueError(
+                f"the {args.part} loss became {value} at step {step}; start again with a lower --lr than {lr}"
+            )
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if time.monotonic() - saved > args.save_every:

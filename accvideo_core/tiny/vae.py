@@ -87,7 +87,9 @@ class TinyVAE(nn.Module):
             raise InvalidValueError(f"frames must be (B, 3, T, H, W), got {tuple(frames.shape)}")
         b, _, t, h, w = frames.shape
         if t % 4 != 1 or h % 8 or w % 8:
-            raise InvalidValueError(f"{t} frames of {h} x {w}: frames must be 4n+1 (1, 5, 9, 13, 17, ...), height and width multiples of 8")
+            raise InvalidValueError(
+                f"{t} frames of {h} x {w}: frames must be 4n+1 (1, 5, 9, 13, 17, ...), height and width multiples of 8"
+            )
         x = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)
         n = x.shape[2] // 4
         x = x.unflatten(2, (n, 4)).permute(0, 2, 3, 1, 4, 5).reshape(b * n, 12, h, w)
