@@ -84,14 +84,14 @@ def _measure(cover: Floats) -> tuple[Floats, NDArray[np.bool_], Floats, Floats, 
     across, down = weight.sum(1), weight.sum(2)
     cx, cy = across @ xs / mass, down @ ys / mass
     moment = (across * (xs - cx[:, None]) ** 2).sum(1) + (down * (ys - cy[:, None]) ** 2).sum(1)
-    box = _extent(mask.any(1)) * _extent(mask.any(2))
+    box = _extent(np.asarray(mask.any(1))) * _extent(np.asarray(mask.any(2)))
     return area, seen, np.stack([cx, cy], 1), count / np.maximum(box, 1), 2 * np.pi * moment / mass**2
 
 
-def _extent(line: NDArray[np.bool_]) -> NDArray[np.int_]:
+def _extent(line: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Length from the first to the last True of each row."""
     length = line.shape[1]
-    return np.where(line.any(1), length - line[:, ::-1].argmax(1) - line.argmax(1), 0)
+    return np.where(line.any(1), length - line[:, ::-1].argmax(1) - line.argmax(1), 0).astype(np.int64)
 
 
 def _shape(fill: Floats, spread: Floats, whole: bool) -> Verdict:

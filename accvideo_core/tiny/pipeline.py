@@ -72,7 +72,7 @@ class TinyPipeline:
     def condition(self, prompts: Sequence[str], guidance: float | None = None) -> Conditioning:
         """Conditioning of a batch of prompts; guidance in plain scale, 6 by default."""
         text, pooled, mask = self.text.encode(prompts)
-        scale = PRESET.guidance if guidance is None else guidance
+        scale = PRESET.guidance or 0.0 if guidance is None else guidance
         return Conditioning(text, pooled, torch.full((len(prompts),), scale, device=self.device), mask)
 
     def velocity(self, conditioning: Conditioning) -> Velocity:

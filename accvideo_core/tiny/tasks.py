@@ -52,7 +52,7 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype, metadata: di
 class VAETask:
     """L1 + L2 on frames, pixels at and around the object weighted 10 times, through latent noise of random strength."""
 
-    defaults = Defaults(steps=1400, batch=16, lr=2e-3, warmup=50, ema=0.99)
+    defaults = Defaults(steps=900, batch=16, lr=2e-3, warmup=50, ema=0.99)
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -98,7 +98,7 @@ class VAETask:
 class LatentPool:
     """Model-space latents of clips and their scenes, drawn anew every `reuse` passes, keyed by (seed, round)."""
 
-    def __init__(self, vae: TinyVAE, seed: int, device: torch.device, size: int = 8192, reuse: int = 4) -> None:
+    def __init__(self, vae: TinyVAE, seed: int, device: torch.device, size: int = 8192, reuse: int = 8) -> None:
         self.vae, self.seed, self.device, self.size, self.reuse = vae, seed, device, size, reuse
         self.round = -1
         self.scenes: Scenes
@@ -135,7 +135,7 @@ class TeacherTask:
     """Flow matching: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0. Text encoder and network
     learn together; prompts leave a random part of the attributes open."""
 
-    defaults = Defaults(steps=2400, batch=48, lr=1.5e-3, warmup=100, ema=0.998)
+    defaults = Defaults(steps=2000, batch=32, lr=1.5e-3, warmup=100, ema=0.998)
     shift = 3.0  # of the training sigmas; sampling uses 7
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
@@ -178,7 +178,7 @@ class TeacherTask:
 class StudentTask:
     """The trajectory loss alone: from key point k+1 of a teacher's trajectory, the velocity of the segment to key k."""
 
-    defaults = Defaults(steps=1500, batch=48, lr=5e-4, warmup=50, ema=0.998)
+    defaults = Defaults(steps=1000, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
     def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
         from . import load_tiny
