@@ -105,8 +105,14 @@ class ComfyClient:
             prompt_id = await self.queue(prompt, workflow)
             if on_queued is not None:
                 on_queued(prompt_id)
-            while (entry := await self._entry(prompt_id)) is None:
-                await self._follow(socket, prompt_id, on_progress, on_preview)
+            ended = False
+            while True:
+                if ended:  # said on the websocket; the record is written right after
+                    await asyncio.sleep(0.05)
+                else:
+                    ended = await self._follow(socket, prompt_id, on_progress, on_preview)
+                if (entry := await self._entry(prompt_id)) is not None:
+                    break
         return _result(prompt_id, entry, time.monotonic() - begin)
 
     async def queue(self, prompt: Prompt, workflow: Mapping[str, Any] | None = None) -> str:
@@ -139,7 +145,9 @@ class ComfyClient:
         query = {"filename": file.filename, "subfolder": file.subfolder, "type": file.folder}
         async with self._open("GET", "/view", params=query) as response:
             if response.status != 200:
-                raise ComfyError(f"ComfyUI has no file {file.filename!r} any more (status {response.status}); run the prompt again")
+                raise ComfyError(
+                    f"ComfyUI has no file {file.filename!r} any more (status {response.status}); run the prompt again"
+                )
             return await response.read()
 
     async def download(self, file: OutputFile, path: str | Path) -> Path:
@@ -158,7 +166,9 @@ class ComfyClient:
             return None
         entry = await self.history(prompt_id)  # it may have ended between the two questions
         if entry is None:
-            raise ComfyError(f"ComfyUI no longer knows prompt {prompt_id}; it was removed from the queue or ComfyUI was restarted")
+            raise ComfyError(
+                f"ComfyUI no longer knows prompt {prompt_id}; it was removed from the queue or ComfyUI was restarted"
+            )
         return entry
 
     async def _follow(
@@ -167,13 +177,13 @@ class ComfyClient:
         prompt_id: str,
         on_progress: Callable[[Progress], None] | None,
         on_preview: Callable[[bytes], None] | None,
-    ) -> None:
-        """Pass on what the websocket says until the run ends, the connection closes or nothing comes for five seconds."""
+    ) -> bool:
+        """Pass on what the websocket says. True when it says the run ended, False when it closes or is silent for 5 seconds."""
         while True:
             try:
                 message = await socket.receive(timeout=5)
             except asyncio.TimeoutError:
-                return
+                return False
             if message.type == aiohttp.WSMsgType.BINARY and on_preview is not None and message.data[:4] == b"\0\0\0\1":
                 on_preview(message.data[8:])  # event 1 is a preview; its picture format follows
             elif message.type == aiohttp.WSMsgType.TEXT:
@@ -184,11 +194,10 @@ class ComfyClient:
                 if event["type"] == "progress" and on_progress is not None:
                     on_progress(Progress(str(data.get("node")), int(data["value"]), int(data["max"])))
                 elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
-                    await asyncio.sleep(0.05)  # the record is written right after the message
-                    return
+                    return True
             elif message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.ERROR):
                 await asyncio.sleep(1)  # no more progress, but the record will tell
-                return
+                return False
 
     @contextlib.asynccontextmanager
     async def _listen(self) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
@@ -236,9 +245,10 @@ def describe_refusal(answer: Mapping[str, Any]) -> str:
     sentences = []
     for node, report in (answer.get("node_errors") or {}).items():
         for fault in report["errors"]:
-            # Custom validation says "<input> - <sentence>", once for every input it looked at.
-            details = re.sub(r"^\w+ - ", "", str(fault.get("details") or "")) if fault["type"] == "custom_validation_failed" else fault["details"]
-            says = details if fault["type"] == "custom_validation_failed" else f"{fault['message']}: {details}"
+            says = f"{fault['message']}: {fault.get('details')}"
+            if fault["type"] == "custom_validation_failed":
+                # ComfyUI writes "<input> - <the node's sentence>", once for every input the node looked at.
+                says = re.sub(r"^\w+ - ", "", str(fault.get("details")))
             sentences.append(f"{report['class_type']} (node {node}): {says}")
     if not sentences:
         error = answer.get("error") or "no reason given"

@@ -62,7 +62,10 @@ def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
 
 
 def load_model(
-    read_state: Callable[[], dict[str, torch.Tensor]], source: str, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    read_state: Callable[[], dict[str, torch.Tensor]],
+    source: str,
+    dtype: torch.dtype | None = None,
+    disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
     """A native MODEL from tensors in original Tencent naming.
 
@@ -79,7 +82,9 @@ def load_model(
         disable_dynamic=disable_dynamic,
     )
     if model is None:
-        raise CheckpointError(f"ComfyUI does not recognise the model in {source}; update ComfyUI, or check the file with `accvideo inspect`")
+        raise CheckpointError(
+            f"ComfyUI does not recognise the model in {source}; update ComfyUI, or check the file with `accvideo inspect`"
+        )
     model.cached_patcher_init = (load_model, (read_state, source, dtype))
     return model
 
@@ -280,9 +285,10 @@ def prepare_latent(model: comfy.model_patcher.ModelPatcher, latent: dict[str, An
     patch = tuple(getattr(model.model.diffusion_model, "patch_size", (1, 2, 2)))[-2:]
     for name, size, step in zip(("height", "width"), samples.shape[3:], patch, strict=True):
         if size % step:
+            below = (size - size % step) * 8
             raise InvalidValueError(
                 f"the latent's {name} is {size} ({size * 8} pixels), which this model cannot cut into patches of {step}; "
-                f"use a {name} that is a multiple of {8 * step} pixels, {(size - size % step) * 8} or {(size - size % step + step) * 8}"
+                f"use a {name} that is a multiple of {8 * step} pixels, {below} or {below + 8 * step}"
             )
     return samples
 

@@ -65,8 +65,8 @@ class AccVideoStudentLoader(io.ComfyNode):
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="How weights are kept in memory. default: ComfyUI chooses for your device; bf16: 25.6 GB for the 13 B "
-                    "model; fp8_e4m3fn: 12.8 GB, slightly different results.",
+                    tooltip="How weights are kept in memory. default: ComfyUI chooses for your device; bf16: 25.6 GB for "
+                    "the 13 B model; fp8_e4m3fn: 12.8 GB, slightly different results.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Native MODEL with its family's shift already set.")],

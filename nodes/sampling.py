@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 
 from ..accvideo_core.errors import InvalidValueError
-from ..accvideo_core.schedule import PRESETS, Preset, flow_sigmas, get_preset
+from ..accvideo_core.schedule import PRESETS, Preset, get_preset
 from . import bridge
 
 FAMILY_TOOLTIP = "Which kind of student this is; it decides the solver, and steps, shift and guidance where they are left out."
@@ -24,7 +24,12 @@ def _schedule_inputs() -> list[io.Input]:
     values = "; ".join(f"{p.family}: {p.steps} steps, shift {p.shift:g}" for p in PRESETS.values())
     return [
         io.Int.Input(
-            "steps", default=preset.steps, min=1, max=1000, optional=True, tooltip=f"Sampling steps, calls of the network. {values}."
+            "steps",
+            default=preset.steps,
+            min=1,
+            max=1000,
+            optional=True,
+            tooltip=f"Sampling steps, calls of the network. {values}.",
         ),
         io.Float.Input(
             "shift",
@@ -40,7 +45,10 @@ def _schedule_inputs() -> list[io.Input]:
 
 def _check_family(family: str | None) -> bool | str:
     """For validate_inputs: True, or a sentence. None stands for an input that is linked and not known yet."""
-    return True if family is None or family in PRESETS else f"unknown model family {family!r}; known families: {', '.join(PRESETS)}"
+    try:
+        return family is None or bool(get_preset(family))
+    except InvalidValueError as error:
+        return str(error)
 
 
 def partial_sigmas(preset: Preset, steps: int | None, shift: float | None, denoise: float) -> torch.Tensor:
@@ -54,7 +62,7 @@ def partial_sigmas(preset: Preset, steps: int | None, shift: float | None, denoi
     if denoise == 0:
         return full[:0]
     count = len(full) - 1
-    return full if denoise > 0.9999 else flow_sigmas(int(count / denoise), preset.shift if shift is None else shift)[-(count + 1) :]
+    return preset.sigmas(int(count / denoise), shift)[-(count + 1) :]
 
 
 class AccVideoSampler(io.ComfyNode):
@@ -165,8 +173,8 @@ class AccVideoSigmas(io.ComfyNode):
             display_name="AccVideo Sigmas",
             category="AccVideo",
             description=(
-                "The schedule AccVideo Sampler uses, for SamplerCustomAdvanced and other custom samplers: linspace(1, 0) shifted, "
-                "the key points of the teacher's trajectory. Set the guidance yourself with FluxGuidance."
+                "The schedule AccVideo Sampler uses, for SamplerCustomAdvanced and other custom samplers: linspace(1, 0) "
+                "shifted, the key points of the teacher's trajectory. Set the guidance yourself with FluxGuidance."
             ),
             inputs=[_family_input(), *_schedule_inputs()],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels from 1 to 0.")],

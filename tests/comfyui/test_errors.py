@@ -29,7 +29,10 @@ def refusal(server: Server, prompt: dict) -> str:
         ({"shift": math.nan}, "shift is nan; it must be a finite number above 0"),
         ({"guidance": math.nan}, "guidance is nan; it must be a finite number of at least 0"),
         ({"denoise": math.nan}, "denoise is nan; it must be from 0 (keep the latent) to 1 (start from pure noise)"),
-        ({"family": "hunyuan"}, "unknown model family 'hunyuan'; known families: hunyuan-t2v, tiny, wan-t2v-14b, wan-i2v-14b-480p"),
+        (
+            {"family": "hunyuan"},
+            "unknown model family 'hunyuan'; known families: hunyuan-t2v, tiny, wan-t2v-14b, wan-i2v-14b-480p",
+        ),
         ({"cfg": 2.0}, "cfg is 2 but no negative is connected; connect one, or set cfg to 1"),
         ({"model": ["1", 1]}, "Return type mismatch between linked nodes: model, received_type(CLIP) mismatch input_type(MODEL)"),
     ],
@@ -56,7 +59,12 @@ def test_a_schedule_that_cannot_be(server: Server, inputs: dict, sentence: str) 
         "euler": node("KSamplerSelect", sampler_name="euler"),
     }
     prompt["4"] = node(
-        "SamplerCustomAdvanced", noise=["noise", 0], guider=["guider", 0], sampler=["euler", 0], sigmas=["s", 0], latent_image=["3", 0]
+        "SamplerCustomAdvanced",
+        noise=["noise", 0],
+        guider=["guider", 0],
+        sampler=["euler", 0],
+        sigmas=["s", 0],
+        latent_image=["3", 0],
     )
     assert sentence in refusal(server, prompt)
 
@@ -127,7 +135,9 @@ def test_a_file_that_cannot_be_loaded(server: Server, weights: Path, kind: str) 
 
 def test_an_unknown_weight_dtype(server: Server, weights: Path) -> None:
     (server.base / "models" / "diffusion_models" / "tiny.safetensors").write_bytes(weights_path("student", weights).read_bytes())
-    prompt = tiny_prompt(model=["loader", 0]) | {"loader": node("AccVideoStudentLoader", file="tiny.safetensors", weight_dtype="int4")}
+    prompt = tiny_prompt(model=["loader", 0]) | {
+        "loader": node("AccVideoStudentLoader", file="tiny.safetensors", weight_dtype="int4")
+    }
     assert "int4" in refusal(server, prompt)
 
 

@@ -48,7 +48,9 @@ def lora(weights: Path, rank: int = 4, alpha: float = 2.0) -> tuple[dict[str, to
 @pytest.mark.parametrize("loader", ["UNETLoader", "AccVideoStudentLoader"])
 def test_an_exported_student_is_the_bundled_one(server: Server, weights: Path, loader: str) -> None:
     name = export(server, weights, "tiny_student.safetensors")
-    inputs = {"unet_name": name, "weight_dtype": "default"} if loader == "UNETLoader" else {"file": name, "weight_dtype": "default"}
+    inputs = (
+        {"unet_name": name, "weight_dtype": "default"} if loader == "UNETLoader" else {"file": name, "weight_dtype": "default"}
+    )
     (loaded,) = server.latents(with_loader(node(loader, **inputs)), ["4", 0])
     (bundled,) = server.latents(tiny_prompt(), ["4", 0])
     assert torch.equal(loaded, bundled)
@@ -85,7 +87,9 @@ def export_bf16(server: Server, weights: Path) -> str:
 
 
 def test_a_file_written_again_is_loaded_again(server: Server, weights: Path) -> None:
-    prompt = with_loader(node("AccVideoStudentLoader", file=export(server, weights, "tiny_changing.safetensors"), weight_dtype="default"))
+    prompt = with_loader(
+        node("AccVideoStudentLoader", file=export(server, weights, "tiny_changing.safetensors"), weight_dtype="default")
+    )
     (student,) = server.latents(prompt, ["4", 0])
     export(server, weights, "tiny_changing.safetensors", "teacher")
     (teacher,) = server.latents(prompt, ["4", 0])
@@ -109,7 +113,9 @@ def test_a_native_lora_node_patches_the_model(server: Server, weights: Path) -> 
 
 def pictures(server: Server, prompt: dict, decoder: dict) -> np.ndarray:
     """(T, H, W, 3) uint8 frames a decoder node makes, saved as PNG."""
-    files = server.run(prompt | {"decode": decoder, "png": node("SaveImage", images=["decode", 0], filename_prefix="png/frame")}).files
+    files = server.run(
+        prompt | {"decode": decoder, "png": node("SaveImage", images=["decode", 0], filename_prefix="png/frame")}
+    ).files
     return np.stack([np.asarray(Image.open(server.path(file)).convert("RGB")) for file in files if file.node == "png"])
 
 

@@ -121,6 +121,18 @@ def test_another_shift_is_the_native_shift_node(server: Server) -> None:
     assert relative_error(ours, native) < FAINT
 
 
+def test_the_shift_also_moves_what_is_given_in_percent(server: Server) -> None:
+    """Half of the way lies at sigma 0.75 with shift 3 and at 0.875 with 7: the step at 0.82 tells which was used."""
+    prompt = tiny_prompt(shift=3.0, positive=["both", 0])
+    prompt["late"] = node("CLIPTextEncode", clip=["1", 1], text="a blue square moving down")
+    prompt["first"] = node("ConditioningSetTimestepRange", conditioning=["2", 0], start=0.0, end=0.5)
+    prompt["last"] = node("ConditioningSetTimestepRange", conditioning=["late", 0], start=0.5, end=1.0)
+    prompt["both"] = node("ConditioningCombine", conditioning_1=["first", 0], conditioning_2=["last", 0])
+    prompt["shifted"] = node("ModelSamplingSD3", model=["1", 0], shift=3.0)
+    ours, native = both(server, with_ksampler(prompt, model=["shifted", 0]))
+    assert relative_error(ours, native) < FAINT
+
+
 def test_guidance_is_the_native_guidance_node(server: Server) -> None:
     prompt = with_ksampler(tiny_prompt(guidance=2.0), positive=["guided", 0])
     prompt["guided"] = node("FluxGuidance", conditioning=["2", 0], guidance=2.0)

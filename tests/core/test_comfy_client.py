@@ -1,0 +1,170 @@
+"""The client against a stand-in server that answers as ComfyUI does; tests/comfyui drives it against real ones."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from accvideo_core.comfy_client import ComfyClient, ComfyError, ComfyInterrupted, OutputFile, Progress, describe_refusal
+
+PROMPT = {"4": {"class_type": "AccVideoSampler", "inputs": {}}}
+DONE = {"outputs": {"7": {"images": [{"filename": "a.mp4", "subfolder": "video", "type": "output"}], "animated": [True]}}}
+FAULT = {
+    "type": "value_smaller_than_min",
+    "message": "Value 0 smaller than min of 1",
+    "details": "steps",
+    "extra_info": {"input_name": "steps"},
+}
+
+
+class StandIn:
+    """Plays one scripted run: `say(socket)` speaks on the websocket once the prompt came, then `entry` is in /history."""
+
+    def __init__(
+        self,
+        entry: dict[str, Any] | None = None,
+        say: Callable[[web.WebSocketResponse], Awaitable[None]] | None = None,
+        answer: dict[str, Any] | None = None,
+        status: int = 200,
+    ) -> None:
+        self.entry, self.say, self.status = entry, say, status
+        self.answer = {"prompt_id": "p", "number": 1, "node_errors": {}} if answer is None else answer
+        self.posted: list[tuple[str, Any]] = []
+        self.queued = asyncio.Event()
+        self.finished = False
+
+    async def websocket(self, request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await self.queued.wait()
+        if self.say is not None:
+            await self.say(socket)
+        self.finished = True
+        if not socket.closed:
+            await socket.send_json({"type": "execution_success", "data": {"prompt_id": "p"}})
+            await socket.receive()
+        return socket
+
+    async def post(self, request: web.Request) -> web.Response:
+        self.posted.append((request.path, await request.json()))
+        if request.path != "/prompt":
+            return web.Response()
+        self.queued.set()
+        return web.json_response(self.answer, status=self.status)
+
+    async def get(self, request: web.Request) -> web.Response:
+        if request.path == "/queue":
+            running = [] if self.finished or self.entry is None else [[0, "p", {}, {}, []]]
+            return web.json_response({"queue_running": running, "queue_pending": []})
+        if request.path == "/view":
+            known = request.query["filename"] == "a.mp4"
+            return web.Response(body=b"movie") if known else web.Response(status=404)
+        return web.json_response({"p": self.entry} if self.finished and self.entry is not None else {})
+
+    def play(self, act: Callable[[ComfyClient], Awaitable[Any]]) -> Any:
+        async def go() -> Any:
+            application = web.Application()
+            application.add_routes(
+                [web.get("/ws", self.websocket), web.post("/{name}", self.post), web.get("/{name:.*}", self.get)]
+            )
+            async with TestServer(application) as server, ComfyClient(str(server.make_url("/"))) as comfy:
+                return await act(comfy)
+
+        return asyncio.run(go())
+
+
+def test_a_run_reports_steps_previews_and_files() -> None:
+    async def say(socket: web.WebSocketResponse) -> None:
+        await socket.send_json({"type": "progress", "data": {"prompt_id": "another", "node": "4", "value": 9, "max": 9}})
+        await socket.send_bytes(b"\0\0\0\1\0\0\0\1" + b"jpeg")
+        await socket.send_json({"type": "progress", "data": {"prompt_id": "p", "node": "4", "value": 1, "max": 5}})
+
+    seen: list[Any] = []
+    result = StandIn(DONE, say).play(lambda comfy: comfy.run(PROMPT, on_progress=seen.append, on_preview=seen.append))
+    assert seen == [b"jpeg", Progress("4", 1, 5)]
+    assert result.files == (OutputFile("7", "images", "a.mp4", "video", "output"),)
+
+
+def test_a_lost_websocket_loses_no_result() -> None:
+    async def say(socket: web.WebSocketResponse) -> None:
+        await socket.close()
+
+    assert len(StandIn(DONE, say).play(lambda comfy: comfy.run(PROMPT)).files) == 1
+
+
+def test_nobody_there() -> None:
+    async def go() -> None:
+        async with ComfyClient("http://127.0.0.1:9") as comfy:
+            await comfy.run(PROMPT)
+
+    with pytest.raises(ComfyError, match=r"no ComfyUI answers at http://127.0.0.1:9 \(.*\); start it"):
+        asyncio.run(go())
+
+
+def test_a_refusal_names_node_value_and_input() -> None:
+    stand_in = StandIn(answer={"error": {}, "node_errors": {"4": {"class_type": "K", "errors": [FAULT]}}}, status=400)
+    with pytest.raises(ComfyError, match=r"K \(node 4\): Value 0 smaller than min of 1: steps$"):
+        stand_in.play(lambda comfy: comfy.run(PROMPT))
+
+
+def test_a_prompt_accepted_in_part_is_taken_back() -> None:
+    answer = {"prompt_id": "p", "number": 1, "node_errors": {"4": {"class_type": "K", "errors": [FAULT]}}}
+    stand_in = StandIn(answer=answer)
+    with pytest.raises(ComfyError, match="smaller than min"):
+        stand_in.play(lambda comfy: comfy.queue(PROMPT))
+    assert stand_in.posted[1:] == [("/queue", {"delete": ["p"]}), ("/interrupt", {"prompt_id": "p"})]
+
+
+def test_a_nodes_own_validation_is_said_once() -> None:
+    faults = [
+        {
+            "type": "custom_validation_failed",
+            "message": "Custom validation failed for node",
+            "details": f"{name} - no such family",
+        }
+        for name in ("family", "steps")
+    ]
+    assert describe_refusal({"node_errors": {"4": {"class_type": "K", "errors": faults}}}) == "K (node 4): no such family"
+
+
+def test_a_refusal_without_nodes() -> None:
+    error = {"message": "Cannot execute because node X does not exist.", "details": "Node ID '#4'"}
+    assert describe_refusal({"error": error, "node_errors": {}}) == "Cannot execute because node X does not exist. Node ID '#4'"
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "sentence"),
+    [
+        (
+            ["execution_error", {"node_id": "4", "node_type": "K", "exception_message": "shift is nan\n"}],
+            ComfyError,
+            r"K \(node 4\): shift is nan$",
+        ),
+        (["execution_interrupted", {"node_id": "4", "node_type": "K"}], ComfyInterrupted, r"interrupted at K \(node 4\)$"),
+        (["execution_start", {}], ComfyError, "ended with 'error' and no reason"),
+    ],
+)
+def test_a_failed_run_says_where_and_why(message: list, kind: type[ComfyError], sentence: str) -> None:
+    entry = {"outputs": {}, "status": {"status_str": "error", "messages": [message]}}
+    with pytest.raises(kind, match=sentence):
+        StandIn(entry).play(lambda comfy: comfy.run(PROMPT))
+
+
+def test_a_prompt_removed_from_the_queue_is_an_error() -> None:
+    with pytest.raises(ComfyError, match="no longer knows prompt p"):
+        StandIn(None).play(lambda comfy: comfy.run(PROMPT))
+
+
+def test_files_are_downloaded_whole_or_not_at_all(tmp_path: Path) -> None:
+    movie, gone = OutputFile("7", "images", "a.mp4", "", "output"), OutputFile("7", "images", "b.mp4", "", "output")
+    StandIn().play(lambda comfy: comfy.download(movie, tmp_path / "out" / "a.mp4"))
+    assert (tmp_path / "out" / "a.mp4").read_bytes() == b"movie"
+    with pytest.raises(ComfyError, match=r"no file 'b\.mp4' any more"):
+        StandIn().play(lambda comfy: comfy.download(gone, tmp_path / "b.mp4"))
+    assert not (tmp_path / "b.mp4").exists()
