@@ -82,7 +82,7 @@ def _run(name: str, words: list[str]) -> int:
         getattr(wing, command.arguments),
         prog=f"accvideo {name}",
         args=words,
-        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("default", AccVideoWarning)

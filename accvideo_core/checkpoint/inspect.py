@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from ..dit import Conditioning
@@ -32,7 +33,7 @@ _ALIVE = 0.3
 class InspectArgs:
     """Say what a weight file is and what is wrong with it. Exit code 1 if anything is."""
 
-    file: Path
+    file: tyro.conf.Positional[Path]
     """The weights: safetensors in original or ComfyUI naming."""
     self_check: bool = False
     """Also read every value and look for NaN, infinities and tensors that are all zero (reads the whole file)."""

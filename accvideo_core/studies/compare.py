@@ -33,7 +33,7 @@ COLUMNS: tuple[tuple[Which, int], ...] = (
 class CompareArgs:
     """Show teacher (50 steps), teacher (5 steps) and student (5 steps) on the same prompts and the same noise."""
 
-    prompts: tuple[str, ...]
+    prompts: tyro.conf.Positional[tuple[str, ...]]
     """One or more prompts."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out/compare")
     """Folder for comparison.mp4 and comparison.png."""

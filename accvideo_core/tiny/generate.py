@@ -25,7 +25,7 @@ from .training import pick_device
 class GenerateArgs:
     """Make a video of the tiny world from a prompt, e.g. "a red ball moving left on a black background"."""
 
-    prompt: str
+    prompt: tyro.conf.Positional[str]
     """What to show. Attributes the prompt does not name (colour, shape, motion, background) are left open."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("out.mp4")
     """The MP4 to write."""

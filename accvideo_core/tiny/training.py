@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
+import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ Part = Literal["vae", "teacher", "student"]
 class TrainArgs:
     """Train one of the bundled tiny models. Run it again with the same --run folder to go on where it stopped."""
 
-    part: Part
+    part: tyro.conf.Positional[Part]
     """What to train; the teacher needs a VAE, the student needs a teacher."""
     steps: int = 0
     """Optimizer steps in all; 0 takes the part's default (about 25 minutes on 2 laptop cores)."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -14,10 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from safetensors.torch import save_file
 
 from accvideo_core import __version__, cli
+from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoWarning, InvalidValueError, PromptError
+from accvideo_core.media import read_mp4
+from accvideo_core.tiny import TinyTextEncoder, TinyVAE
 
 NAMES = list(cli.COMMANDS)
 
@@ -26,7 +32,7 @@ NAMES = list(cli.COMMANDS)
 class WingArgs:
     """What the stand-in command does."""
 
-    number: int
+    number: tyro.conf.Positional[int]
     """a number"""
     loud: bool = False
     """a flag"""
@@ -170,11 +176,52 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:-5])
     (tmp_path / "text.safetensors").write_text("no weights at all")
     (tmp_path / "file").write_text("a file, not a folder")
+    row = '{"prompt": "a red ball", "seed": 1, "named": {"colour": "%s"}}\n'
+    (tmp_path / "plan.jsonl").write_text(row % "red")
+    (tmp_path / "mauve.jsonl").write_text(row % "red" + row % "mauve")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained tiny models: what bad input does must not hang on how good the bundled ones are."""
+    folder = tmp_path_factory.mktemp("weights")
+    network = HunyuanVideoDiT(DiTConfig.tiny())
+    parts = {"student": network, "teacher": network, "text_encoder": TinyTextEncoder(), "vae": TinyVAE()}
+    for name, module in parts.items():
+        save_file(module.state_dict(), folder / f"{name}.safetensors")
+    return folder
 
 
 # A command line, with FOLDER for the test's folder; the exit code; what the one line must hold: the value and the cure.
 BAD_INPUT = [
+    ("generate 'a red ball' -o FOLDER/a.mp4 --steps 0", 2, ["steps is 0", "at least 1"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --steps -5", 2, ["steps is -5", "at least 1"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --shift -1", 2, ["shift is -1", "above 0"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --shift 0", 2, ["shift is 0", "above 0"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --shift nan", 2, ["shift is nan", "finite"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --shift inf", 2, ["shift is inf", "finite"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --frames 16", 2, ["frames is 16", "4n+1", "17"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --frames 0", 2, ["frames is 0", "4n+1"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --height 72", 2, ["height is 72", "multiple of 16"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --width 0", 2, ["width is 0", "multiple of 16"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --seed -1", 2, ["seed is -1", "2**64"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --upscale 0", 2, ["upscale is 0", "at least 1"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --device abacus", 2, ["abacus"]),
+    ("generate '' -o FOLDER/a.mp4", 1, ["prompt is empty"]),
+    ("generate 'xyzzy plugh' -o FOLDER/a.mp4", 1, ["xyzzy plugh", "red", "ball"]),
+    ("generate 'a red ball' -o FOLDER/file/a.mp4", 1, ["FOLDER/file/a.mp4", "part of the path is a file"]),
+    ("generate 'a red ball' -o FOLDER", 1, ["FOLDER", "name a file in it"]),
+    ("compare 'a red ball' -o FOLDER/file", 1, ["FOLDER/file", "part of the path is a file"]),
+    ("compare 'a red ball' '' -o FOLDER/out", 1, ["prompt is empty"]),
+    ("compare 'a red ball' -o FOLDER/out --upscale 0", 2, ["upscale is 0"]),
+    ("compare 'xyzzy' -o FOLDER/out", 1, ["xyzzy"]),
+    ("evaluate --plan FOLDER/missing.jsonl", 1, ["FOLDER/missing.jsonl"]),
+    ("evaluate --plan FOLDER/file", 1, ["FOLDER/file", "line 1"]),
+    ("evaluate --plan FOLDER/mauve.jsonl", 1, ["FOLDER/mauve.jsonl", "line 2", "mauve", "red"]),
+    ("evaluate --plan FOLDER/plan.jsonl --steps 0", 2, ["steps is 0"]),
+    ("evaluate --plan FOLDER/plan.jsonl --batch 0", 2, ["batch 0"]),
+    ("evaluate --plan FOLDER/plan.jsonl --frames-out FOLDER/file/a.npz", 1, ["FOLDER/file/a.npz", "part of the path is a file"]),
     ("inspect FOLDER/missing.safetensors", 1, ["FOLDER/missing.safetensors", "check the path"]),
     ("inspect FOLDER/cut.safetensors", 1, ["FOLDER/cut.safetensors", "download it again"]),
     ("inspect FOLDER/text.safetensors", 1, ["FOLDER/text.safetensors"]),
@@ -190,11 +237,67 @@ BAD_INPUT = [
 
 
 @pytest.mark.parametrize(("line", "code", "words"), BAD_INPUT, ids=[row[0] for row in BAD_INPUT])
-def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], line: str, code: int, words: list[str]) -> None:
+def test_bad_input(
+    folder: Path,
+    weights: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    code: int,
+    words: list[str],
+) -> None:
+    monkeypatch.setenv("ACCVIDEO_TINY_WEIGHTS", str(weights))
     before = files_in(folder)
     assert cli.main([word.replace("FOLDER", str(folder)) for word in shlex.split(line)]) == code
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("accvideo: error: ") and err.count("\n") == 1, err
+    # A progress bar may stand before the line, and wipes itself.
+    assert out == "" and err.split("\r")[-1].startswith("accvideo: error: ") and err.count("\n") == 1, err
     for word in words:
         assert word.replace("FOLDER", str(folder)) in err
     assert files_in(folder) == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+@pytest.mark.parametrize("part", ["student", "vae", "text_encoder"])
+def test_damaged_bundled_weights(
+    folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], part: str, damage: str
+) -> None:
+    shutil.copytree(weights, folder / "weights")
+    monkeypatch.setenv("ACCVIDEO_TINY_WEIGHTS", str(folder / "weights"))
+    file = folder / "weights" / f"{part}.safetensors"
+    file.unlink()
+    if damage != "missing":
+        shutil.copy(folder / f"{damage}.safetensors", file)
+    assert cli.main(["generate", "a red ball", "-o", str(folder / "a.mp4")]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("accvideo: error: ") and err.count("\n") == 1 and str(file) in err
+    assert not (folder / "a.mp4").exists()
+
+
+def test_generate_writes_the_video_it_names(
+    folder: Path, weights: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCVIDEO_TINY_WEIGHTS", str(weights))
+    made = folder / "new" / "a.mp4"
+    words = [
+        "generate",
+        "a red zebra",
+        "-o",
+        str(made),
+        "--steps",
+        "1",
+        "--frames",
+        "5",
+        "--width",
+        "32",
+        "--upscale",
+        "2",
+        "--json",
+    ]
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    report = json.loads(out)
+    assert report["file"] == str(made) and report["steps"] == 1 and report["model"] == "tiny-student"
+    assert err.startswith("accvideo: warning: ") and "'zebra'" in err and err.count("\n") == 1
+    video = read_mp4(made)
+    assert video.frames.shape == (5, 128, 64, 3) and json.loads(video.metadata["accvideo"])["prompt"] == "a red zebra"
