@@ -23,6 +23,7 @@ from .training import Defaults, Part, Task
 from .vae import CHANNELS, LATENT_SCALE, TinyVAE
 
 PRESET = PRESETS["tiny"]
+TEACHER_STEPS, KEYS = PRESET.teacher_steps, PRESET.keys or 5
 LATENT_SHAPE = (CHANNELS, 5, 8, 8)
 # The two values one guidance of 6 takes in the network: 6000 in float32, 6016 in bfloat16.
 GUIDANCES = (6.0, 6.016)
@@ -53,6 +54,7 @@ class VAETask:
     """L1 + L2 on frames, pixels at and around the object weighted 10 times, through latent noise of random strength."""
 
     defaults = Defaults(steps=900, batch=16, lr=2e-3, warmup=50, ema=0.99)
+    statistics = 1024  # clips that the channels' mean and deviation are taken over
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
@@ -82,7 +84,7 @@ class VAETask:
 
     @torch.no_grad()
     def export(self, folder: Path, steps: int) -> list[Path]:
-        raw = torch.cat([self.vae.encode_raw(self.batch("statistics", i, 32)[0]) for i in range(32)])
+        raw = torch.cat([self.vae.encode_raw(self.batch("statistics", i, 32)[0]) for i in range(-(-self.statistics // 32))])
         std, mean = torch.std_mean(raw.float(), dim=(0, 2, 3, 4))
         self.vae.std.copy_(std)
         self.vae.mean.copy_(mean)
@@ -135,7 +137,7 @@ class TeacherTask:
     """Flow matching: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0. Text encoder and network
     learn together; prompts leave a random part of the attributes open."""
 
-    defaults = Defaults(steps=2000, batch=32, lr=1.5e-3, warmup=100, ema=0.998)
+    defaults = Defaults(steps=1500, batch=32, lr=1.5e-3, warmup=100, ema=0.998)
     shift = 3.0  # of the training sigmas; sampling uses 7
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
@@ -172,13 +174,14 @@ class TeacherTask:
         ]
 
     def sheet(self, path: Path) -> None:
-        sample_sheet(path, self.network, self.text, self.vae, PRESET.teacher_steps)
+        sample_sheet(path, self.network, self.text, self.vae, TEACHER_STEPS)
 
 
 class StudentTask:
     """The trajectory loss alone: from key point k+1 of a teacher's trajectory, the velocity of the segment to key k."""
 
-    defaults = Defaults(steps=1000, batch=32, lr=5e-4, warmup=50, ema=0.998)
+    defaults = Defaults(steps=700, batch=32, lr=5e-4, warmup=50, ema=0.998)
+    chunk = 128  # trajectories captured and stored together
 
     def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
         from . import load_tiny
@@ -188,13 +191,13 @@ class StudentTask:
         self.network, _, _ = load_tiny("teacher", device=device, folder=weights)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
-        self.sigmas = key_sigmas(PRESET.teacher_steps, PRESET.keys or 5, PRESET.shift).to(device)
+        self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
         self.keys: Tensor
         self.prompts: list[str]
 
     def prepare(self) -> None:
         """Capture the trajectories, in chunks that are kept, so that an interrupted capture goes on."""
-        chunk = 128
+        chunk = self.chunk
         keys, self.prompts = [], []
         for number in tqdm(range(-(-self.count // chunk)), desc="trajectories", mininterval=5):
             path = self.run / f"trajectories-{number:03d}.safetensors"
@@ -213,7 +216,7 @@ class StudentTask:
     @torch.no_grad()
     def capture(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """(B, m + 1, 16, 5, 8, 8): the teacher's key latents in sampling order, noise first."""
-        n, m = PRESET.teacher_steps, PRESET.keys or 5
+        n, m = TEACHER_STEPS, KEYS
         cond = condition(self.text, prompts, torch.full((len(prompts),), PRESET.guidance or 0.0))
         noise = make_noise((len(prompts), *LATENT_SHAPE), seeds).to(self.device)
         kept, wanted = [noise], set(key_indices(n, m))

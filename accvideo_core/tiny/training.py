@@ -42,7 +42,7 @@ class TrainArgs:
     """Folder the finished weights go to and earlier parts' weights are read from; default: the bundled one."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
-    trajectories: int = 2048
+    trajectories: int = 1024
     """Student only: trajectories captured from the teacher to learn from."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
