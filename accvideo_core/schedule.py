@@ -39,9 +39,7 @@ def key_indices(n: int, m: int) -> tuple[int, ...]:
     unless m divides n.
     """
     if m < 1 or n < 1 or n % m:
-        raise InvalidValueError(
-            f"{m} key segments do not divide {n} steps; choose a multiple of {m} as steps"
-        )
+        raise InvalidValueError(f"{m} key segments do not divide {n} steps; choose a multiple of {m} as steps")
     return tuple(range(0, n + 1, n // m))
 
 
