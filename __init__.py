@@ -11,7 +11,7 @@ WEB_DIRECTORY = "./web"
 
 if find_spec("comfy") is not None and find_spec("folder_paths") is not None:
     if find_spec("comfy_api") is None or find_spec("comfy_api.latest") is None:
-        raise ImportError("AccVideo needs ComfyUI 0.3.48 or newer (its V3 node API); update ComfyUI")
+        raise ImportError("AccVideo needs ComfyUI 0.3.64 or newer; update ComfyUI")
     from .nodes import NODES
 
     NODE_CLASS_MAPPINGS |= {node_id: node for node_id, (node, _) in NODES.items()}

@@ -27,6 +27,15 @@ def load_student(path: Path, dtype: torch.dtype | None = None) -> tuple[object, 
     return bridge.with_shift(bridge.load_model(read_state, str(path), dtype), get_preset(family).shift), family
 
 
+def file_state(path: Path) -> str:
+    """Changes when a file is written again: under the same name it is then another model, not the one ComfyUI cached."""
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        return "missing"
+    return f"{state.st_mtime_ns} {state.st_size}"
+
+
 def preview_colours(vae: torch.nn.Module, clips: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """(16, 3) factors and (3,) bias: the linear map from a tiny VAE's model-space latents to colours in [-1, 1].
 
@@ -81,9 +90,7 @@ class AccVideoStudentLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, weight_dtype: str) -> str:
-        """A file that was written again under the same name is another model."""
-        state = bridge.diffusion_model_path(file).stat()
-        return f"{file} {weight_dtype} {state.st_mtime_ns} {state.st_size}"
+        return f"{file} {weight_dtype} {file_state(bridge.diffusion_model_path(file))}"
 
     @classmethod
     def execute(cls, file: str, weight_dtype: str) -> io.NodeOutput:
@@ -119,6 +126,12 @@ class AccVideoTinyModels(io.ComfyNode):
                 io.Vae.Output(display_name="vae", tooltip="Native VAE, 4 x 8 x 8 compression like HunyuanVideo's."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, which: str) -> str:
+        from ..accvideo_core import tiny
+
+        return " ".join(file_state(tiny.weights_path(part)) for part in (which, "text_encoder", "vae"))
 
     @classmethod
     def execute(cls, which: str) -> io.NodeOutput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..accvideo_core.errors import InvalidValueError
 from ..accvideo_core.schedule import PRESETS, Preset, get_preset
 from . import bridge
 
+log = logging.getLogger("accvideo")
 FAMILY_TOOLTIP = "Which kind of student this is; it decides the solver, and steps, shift and guidance where they are left out."
 
 
@@ -152,7 +154,12 @@ class AccVideoSampler(io.ComfyNode):
                 raise InvalidValueError(f"{name} is {value}; it must be a finite number of at least 0")
         if negative is None and cfg != 1.0:
             raise InvalidValueError(f"cfg is {cfg:g} but no negative is connected; connect one, or set cfg to 1")
-        model = bridge.with_shift(model, preset.shift if shift is None else shift)
+        shift = preset.shift if shift is None else shift
+        count = preset.steps if steps is None else steps
+        if shift != preset.shift or count not in (preset.steps, preset.teacher_steps):
+            made_for = f"{preset.steps} steps (teachers {preset.teacher_steps}) with shift {preset.shift:g}"
+            log.info("AccVideo: %s models are made for %s; sampling %d with shift %g", family, made_for, count, shift)
+        model = bridge.with_shift(model, shift)
         samples = bridge.prepare_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if conditioning is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import os
 import shutil
@@ -139,9 +138,14 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": kind, "inputs": inputs}
 
 
+def load_prompt(path: Path) -> dict[str, Any]:
+    """A workflow in API format."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def tiny_prompt(**sampler: Any) -> dict[str, Any]:
     """The shipped API workflow, with inputs of its AccVideoSampler (node 4) replaced; None removes one."""
-    prompt = copy.deepcopy(json.loads((ROOT / "workflows" / "api" / "accvideo_tiny_t2v.json").read_text()))
+    prompt = load_prompt(ROOT / "workflows" / "api" / "accvideo_tiny_t2v.json")
     for name, value in sampler.items():
         prompt["4"]["inputs"][name] = value
         if value is None:

@@ -14,10 +14,8 @@ import torch
 from PIL import Image
 
 from accvideo_core.comfy_client import ComfyClient, ComfyInterrupted, Progress
-from accvideo_core.dit import Conditioning
-from accvideo_core.sampling import few_step, make_noise
-from accvideo_core.schedule import PRESETS
-from accvideo_core.tiny import LATENT_SCALE, load_tiny
+from accvideo_core.tiny import LATENT_SCALE, Which, load_tiny
+from accvideo_core.tiny.pipeline import TinyPipeline
 from tests.comfyui.server import Server, node, relative_error, tiny_prompt
 
 PROMPT = tiny_prompt()["2"]["inputs"]["text"]
@@ -47,15 +45,10 @@ def both(server: Server, prompt: dict) -> tuple[torch.Tensor, torch.Tensor]:
     return ours, native
 
 
-def generate(weights: Path, seed: int, which: str = "student") -> torch.Tensor:
-    """VAE latent of the library's own run of PROMPT, no ComfyUI involved."""
-    network, encoder, _ = load_tiny(which, folder=weights)
-    text, pooled, mask = encoder.encode([PROMPT])
-    preset = PRESETS["tiny"]
-    conditioning = Conditioning(text, pooled, torch.tensor([preset.guidance]), mask)
-    with torch.inference_mode():
-        latent = few_step(lambda x, sigma: network(x, sigma, conditioning), make_noise((1, 16, 5, 8, 8), [seed]), preset)
-    return latent / LATENT_SCALE
+def generate(weights: Path, seed: int, which: Which = "student") -> torch.Tensor:
+    """VAE latent of the library's own run of PROMPT (what `accvideo generate` does), no ComfyUI involved."""
+    pipeline = TinyPipeline(*load_tiny(which, folder=weights), which)
+    return pipeline.generate([PROMPT], [seed]).latents / LATENT_SCALE
 
 
 def test_the_api_workflow_runs_to_an_mp4(server: Server) -> None:
@@ -97,10 +90,13 @@ def test_custom_sampling_with_our_sigmas_is_the_sampler(server: Server) -> None:
     assert relative_error(ours, native) < FAINT
 
 
-def test_the_library_generates_the_same_latent(server: Server, weights: Path) -> None:
-    (latent,) = server.latents(tiny_prompt(seed=5), ["4", 0])
-    assert relative_error(generate(weights, 5), latent) < 1e-3
-    assert relative_error(generate(weights, 6), latent) > 0.1
+@pytest.mark.parametrize(("which", "steps"), [("student", 5), ("teacher", 50)])
+def test_the_library_generates_the_same_latent(server: Server, weights: Path, which: Which, steps: int) -> None:
+    prompt = tiny_prompt(seed=5, steps=steps)
+    prompt["1"]["inputs"]["which"] = which
+    (latent,) = server.latents(prompt, ["4", 0])
+    assert relative_error(generate(weights, 5, which), latent) < 1e-3
+    assert relative_error(generate(weights, 6, which), latent) > 0.1
 
 
 def test_what_is_left_out_comes_from_the_family(server: Server) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from tests.comfyui.server import ROOT, Server
+from accvideo_core.tiny import weights_path
+from tests.comfyui.server import PARTS, ROOT, Server
 
 NODES = ("AccVideoStudentLoader", "AccVideoTinyModels", "AccVideoSampler", "AccVideoSigmas")
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
@@ -72,7 +75,7 @@ def as_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_ui_workflow_is_its_api_workflow(server: Server, node_types: dict[str, Any], path: Any) -> None:
+def test_a_ui_workflow_is_its_api_workflow(server: Server, node_types: dict[str, Any], path: Path) -> None:
     made = as_prompt(json.loads(path.read_text()), node_types)
     shipped = json.loads((path.parent / "api" / path.name).read_text())
     assert set(made) == set(shipped)
@@ -85,6 +88,14 @@ def test_a_ui_workflow_is_its_api_workflow(server: Server, node_types: dict[str,
             kind, options = inputs_of(node_types[node["class_type"]]).get(name, (None, {}))
             assert kind is None or options.get("default", node["inputs"][name]) == node["inputs"][name]
     assert len(server.run(made).files) == 1
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_has_a_picture(path: Path) -> None:
+    if not all(weights_path(part).is_file() for part in PARTS):
+        pytest.skip("the picture is made with the bundled weights, which are not here")
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert min(picture.size) >= 256
 
 
 @pytest.mark.parametrize("node_id", NODES)
