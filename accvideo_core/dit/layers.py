@@ -15,8 +15,6 @@ from torch.nn.functional import gelu, silu
 
 from .attention import attention
 
-Rope = tuple[Tensor, Tensor]
-
 
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
     """(B,) -> (B, dim) float32 sinusoids, [cos, sin], computed in float32 whatever the dtype of t."""
@@ -26,22 +24,33 @@ def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000.0) 
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rope_table(grid: Sequence[int], dims: Sequence[int], theta: float, device: torch.device | str | None = None) -> Rope:
-    """cos and sin (N, d/2) float32 of 3-D rotary embeddings for a (T, H, W) grid of tokens, W running fastest."""
-    positions = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device="cpu") for n in grid), indexing="ij")
-    angles = []
-    for position, dim in zip(positions, dims, strict=True):
+def rope_table(
+    grid: Sequence[int], dims: Sequence[int], theta: float, device: torch.device | str | None = None, text_tokens: int = 0
+) -> Tensor:
+    """(N + text_tokens, d/2, 2) float32, cos and sin of 3-D rotary embeddings: first the tokens of a (T, H, W) grid, W
+    running fastest, then text, which does not rotate (1, 0), so that blocks rotate the joint sequence in one go."""
+    axes = []
+    for axis, (size, dim) in enumerate(zip(grid, dims, strict=True)):
         frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
-        angles.append(position.flatten()[:, None] * frequencies[None])
-    table = torch.cat(angles, dim=-1)
-    return table.cos().float().to(device), table.sin().float().to(device)
+        angles = torch.arange(size, dtype=torch.float64, device="cpu")[:, None] * frequencies[None]
+        table = torch.stack((angles.cos(), angles.sin()), dim=-1).float().to(device)
+        # Only a row per position of the axis is computed and moved; the grid is spread out on the device.
+        shape = [size if i == axis else 1 for i in range(3)]
+        axes.append(table.view(*shape, dim // 2, 2).expand(*grid, -1, -1))
+    image = torch.cat(axes, dim=3).flatten(0, 2)
+    still = image.new_tensor((1.0, 0.0)).expand(text_tokens, image.shape[1], 2)
+    return torch.cat((image, still))
 
 
-def apply_rope(x: Tensor, rope: Rope) -> Tensor:
-    """Rotate interleaved pairs of x (B, heads, N, d) by rope (N, d/2), in float32; same dtype as x."""
-    cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate interleaved pairs of x (B, heads, N, d) by rope (N, d/2, 2), in float32; same dtype as x."""
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():  # the compiler fuses real arithmetic and leaves complex numbers alone
+        (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    else:  # one pass instead of six
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
+    return turned.flatten(-2).to(x.dtype)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -221,18 +230,18 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", MLP(dim, inner, ops, **kw))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Rope, key_lengths: Sequence[int] | None, kernel: str
+        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, key_lengths: Sequence[int] | None, kernel: str
     ) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
         img_q, img_k, img_v = split_heads(self.img_attn_qkv(modulate(self.img_norm1(img), img_shift1, img_scale1)), self.heads)
-        img_q, img_k = apply_rope(self.img_attn_q_norm(img_q), rope), apply_rope(self.img_attn_k_norm(img_k), rope)
+        img_q, img_k = self.img_attn_q_norm(img_q), self.img_attn_k_norm(img_k)
         txt_q, txt_k, txt_v = split_heads(self.txt_attn_qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)), self.heads)
         txt_q, txt_k = self.txt_attn_q_norm(txt_q), self.txt_attn_k_norm(txt_k)
 
         q, k, v = torch.cat((img_q, txt_q), 2), torch.cat((img_k, txt_k), 2), torch.cat((img_v, txt_v), 2)
-        attended = attention(q, k, v, key_lengths, kernel)
+        attended = attention(apply_rope(q, rope), apply_rope(k, rope), v, key_lengths, kernel)
         img_attended, txt_attended = attended[:, : img.shape[1]], attended[:, img.shape[1] :]
 
         img = gated(img, self.img_attn_proj(img_attended), img_gate1)
@@ -243,7 +252,7 @@ class DoubleStreamBlock(nn.Module):
 
 
 class SingleStreamBlock(nn.Module):
-    """Attention and MLP in parallel over the joint sequence; the first `rope` tokens are the image's."""
+    """Attention and MLP in parallel over the joint sequence, image first."""
 
     def __init__(self, dim: int, heads: int, inner: int, ops: Any, **kw: Any) -> None:
         super().__init__()
@@ -255,14 +264,11 @@ class SingleStreamBlock(nn.Module):
         self.pre_norm = ops.LayerNorm(dim, elementwise_affine=False, eps=1e-6, **kw)
         self.modulation = Modulation(dim, 3, ops, **kw)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Rope, key_lengths: Sequence[int] | None, kernel: str) -> Tensor:
+    def forward(self, x: Tensor, vec: Tensor, rope: Tensor, key_lengths: Sequence[int] | None, kernel: str) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, hidden = self.linear1(modulate(self.pre_norm(x), shift, scale)).split((3 * self.dim, self.inner), dim=-1)
         q, k, v = split_heads(qkv, self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        n = rope[0].shape[0]
-        q = torch.cat((apply_rope(q[:, :, :n], rope), q[:, :, n:]), 2)
-        k = torch.cat((apply_rope(k[:, :, :n], rope), k[:, :, n:]), 2)
+        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
         attended = attention(q, k, v, key_lengths, kernel)
         return gated(x, self.linear2(torch.cat((attended, gelu(hidden, approximate="tanh")), -1)), gate)
 

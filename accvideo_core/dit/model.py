@@ -141,7 +141,7 @@ class HunyuanVideoDiT(nn.Module):
         img = self.img_in(latent.to(dtype))
         n = img.shape[1]
         key_lengths = None if lengths is None else tuple(n + length for length in lengths)
-        rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device)
+        rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device, txt.shape[1])
 
         found: dict[str, Tensor] = {}
         for i, block in enumerate(self.double_blocks):

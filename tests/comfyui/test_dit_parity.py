@@ -122,9 +122,9 @@ def test_a_flipped_rope_pair_turns_it_red(native, monkeypatch):
     config, state, inputs, _ = CASES["two heads, odd"]
 
     def flipped(*args):
-        cos, sin = layers.rope_table(*args)
-        sin[:, 40] = -sin[:, 40]  # one pair of 64 turns the other way
-        return cos, sin
+        turns = layers.rope_table(*args)
+        turns[:, 40, 1] *= -1  # one pair of 64 turns the other way
+        return turns
 
     monkeypatch.setattr(model, "rope_table", flipped)
     assert error(ours(config, state, inputs), native["two heads, odd"]) > 100 * LIMIT
