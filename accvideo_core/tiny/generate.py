@@ -12,7 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from .. import __version__
-from ..errors import PromptError
+from ..errors import InvalidValueError, PromptError
 from ..files import check_writable
 from ..media import upscale, write_mp4
 from ..sampling import Step
@@ -57,6 +57,8 @@ def run(args: GenerateArgs) -> int:
     """Write the video and print where it is and how long each part took."""
     if not args.prompt.strip():
         raise PromptError("the prompt is empty; say what to show, e.g. 'a red ball', or 'a shape' to leave everything open")
+    if args.upscale < 1:
+        raise InvalidValueError(f"upscale is {args.upscale}; it must be a whole number of at least 1")
     check_writable(args.out)
     pipeline = TinyPipeline.load("teacher" if args.teacher else "student", pick_device(args.device), DTYPES[args.dtype])
     steps = pipeline.default_steps if args.steps is None else args.steps
