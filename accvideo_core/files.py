@@ -43,7 +43,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp") if path.name else path
     try:
         _prepare(path)
+        mode = _usual_mode(temporary)
         yield temporary
+        temporary.chmod(mode)  # some writers (safetensors) make files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -72,6 +74,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         if isinstance(error, AccVideoError):
             raise
         raise _output_error(path, error) from error
+
+
+def _usual_mode(unused: Path) -> int:
+    """Permissions that this user's new files have in that folder."""
+    unused.touch(exist_ok=False)
+    mode = stat.S_IMODE(unused.stat().st_mode)
+    unused.unlink()
+    return mode
 
 
 def _prepare(path: Path) -> None:
