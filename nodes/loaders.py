@@ -36,16 +36,16 @@ def file_state(path: Path) -> str:
     return f"{state.st_mtime_ns} {state.st_size}"
 
 
-def preview_colours(vae: torch.nn.Module, clips: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+def preview_colours(vae: torch.nn.Module, clips: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     """(16, 3) factors and (3,) bias: the linear map from a tiny VAE's model-space latents to colours in [-1, 1].
 
-    Fitted by least squares to a few clips of the tiny world, each latent against the mean colour of its 8 x 8 pixels in
-    the last of its frames. Takes a few hundredths of a second and so always fits the weights at hand.
+    Fitted by least squares to the start of a few clips of the tiny world, each latent against the mean colour of its 8 x 8
+    pixels in the last of its frames. Takes a fraction of a second, and so fits whatever weights are at hand.
     """
     from ..accvideo_core.tiny import LATENT_SCALE
     from ..accvideo_core.tiny.clips import keyed_generator, render, sample_scenes
 
-    frames = render(sample_scenes(clips, keyed_generator("preview"))).movedim(-1, 1) * 2 - 1
+    frames = render(sample_scenes(clips, keyed_generator("preview")))[:, :5].movedim(-1, 1) * 2 - 1
     latents = (vae.encode(frames) * LATENT_SCALE).movedim(1, -1).flatten(0, -2)
     colours = torch.nn.functional.avg_pool3d(frames[:, :, ::4], (1, 8, 8)).movedim(1, -1).flatten(0, -2)
     inputs = torch.cat([latents, latents.new_ones(len(latents), 1)], 1)

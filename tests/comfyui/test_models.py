@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from accvideo_core.tiny import load_tiny, weights_path
+from accvideo_core.tiny.clips import keyed_generator, render, sample_scenes
 from tests.comfyui.server import Server, node, relative_error, tiny_prompt
 
 
@@ -173,6 +174,23 @@ def test_one_frame_encodes_alone(server: Server, weights: Path) -> None:
     with torch.inference_mode():
         expected = load_tiny(folder=weights)[2].encode(pixels.permute(2, 0, 1)[None, :, None] * 2 - 1)
     assert relative_error(load_file(server.path(file))["latent_tensor"], expected) < 1e-4
+
+
+def test_previews_show_the_worlds_colours(server: Server) -> None:
+    """Latents of this VAE under HunyuanVideo's own preview colours would be a blur of wrong hues."""
+    clips = render(sample_scenes(4, keyed_generator("preview test")))[:, 0]
+    shown = []
+    for i, clip in enumerate(clips):
+        Image.fromarray((clip.numpy() * 255).round().astype(np.uint8)).save(server.base / "input" / f"clip{i}.png")
+        prompt = {
+            "1": tiny_prompt()["1"],
+            "image": node("LoadImage", image=f"clip{i}.png"),
+            "latent": node("VAEEncode", pixels=["image", 0], vae=["1", 2]),
+        }
+        shown.append(pictures(server, prompt, node("AccVideoTestPreview", model=["1", 0], latent=["latent", 0]))[0])
+    expected = clips.reshape(4, 8, 8, 8, 8, 3).mean((2, 4)).numpy()
+    error = ((np.stack(shown) / 255 - expected) ** 2).mean()
+    assert error < 0.4 * expected.var(axis=(0, 1, 2)).mean()
 
 
 def test_unknown_words_are_named_in_the_console(server: Server) -> None:

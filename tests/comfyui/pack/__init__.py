@@ -1,6 +1,10 @@
-"""Nodes for the tests only: a MODEL that counts and delays its network calls."""
+"""Nodes for the tests only: a MODEL that counts and delays its network calls, and ComfyUI's own preview of a latent."""
 
 import time
+
+import latent_preview
+import numpy as np
+import torch
 
 
 class AccVideoTestWatch:
@@ -26,4 +30,21 @@ class AccVideoTestWatch:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"AccVideoTestWatch": AccVideoTestWatch}
+class AccVideoTestPreview:
+    """The picture ComfyUI shows while this MODEL samples, of a given latent, one pixel per latent place."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "latent": ("LATENT",)}}
+
+    RETURN_TYPES = ("IMAGE",)
+    FUNCTION = "preview"
+    CATEGORY = "AccVideo test"
+
+    def preview(self, model, latent):
+        previewer = latent_preview.get_previewer(model.load_device, model.model.latent_format)
+        picture = previewer.decode_latent_to_preview(model.model.process_latent_in(latent["samples"]))
+        return (torch.from_numpy(np.asarray(picture)).float()[None] / 255,)
+
+
+NODE_CLASS_MAPPINGS = {"AccVideoTestWatch": AccVideoTestWatch, "AccVideoTestPreview": AccVideoTestPreview}
