@@ -94,13 +94,18 @@ def with_shift(model: comfy.model_patcher.ModelPatcher, shift: float) -> comfy.m
     original = model.get_model_object("model_sampling")
     if not isinstance(original, comfy.model_sampling.ModelSamplingDiscreteFlow):
         raise InvalidValueError(
-            f"a {type(model.model).__name__} model is not sampled along a shifted flow; connect a HunyuanVideo or Wan model"
+            f"a {model_kind(model)} model is not sampled along a shifted flow; connect a HunyuanVideo or Wan model"
         )
     sampling = copy.deepcopy(original)
     sampling.set_parameters(shift=shift, multiplier=original.multiplier)
     clone = model.clone()
     clone.add_object_patch("model_sampling", sampling)
     return clone
+
+
+def model_kind(model: comfy.model_patcher.ModelPatcher) -> str:
+    """ComfyUI's name of the architecture: HunyuanVideo, WAN21, ..."""
+    return type(model.model).__name__
 
 
 def _text_width(network: torch.nn.Module) -> int | None:

@@ -14,6 +14,7 @@ from ..accvideo_core.schedule import PRESETS, Preset, get_preset
 from . import bridge
 
 log = logging.getLogger("accvideo")
+ARCHITECTURES = {"hunyuan": "HunyuanVideo", "tiny": "HunyuanVideo", "wan": "WAN"}  # by the family's first word
 FAMILY_TOOLTIP = "Which kind of student this is; it decides the solver, and steps, shift and guidance where they are left out."
 
 
@@ -154,6 +155,9 @@ class AccVideoSampler(io.ComfyNode):
                 raise InvalidValueError(f"{name} is {value}; it must be a finite number of at least 0")
         if negative is None and cfg != 1.0:
             raise InvalidValueError(f"cfg is {cfg:g} but no negative is connected; connect one, or set cfg to 1")
+        kind = bridge.model_kind(model)
+        if not kind.startswith(ARCHITECTURES[family.split("-")[0]]):
+            log.warning("AccVideo: family %s is chosen for a %s model; its solver and schedule may not fit", family, kind)
         shift = preset.shift if shift is None else shift
         count = preset.steps if steps is None else steps
         if shift != preset.shift or count not in (preset.steps, preset.teacher_steps):

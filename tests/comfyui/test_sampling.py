@@ -214,6 +214,13 @@ def test_wan_presets_use_the_authors_solver(server: Server) -> None:
     }
     ours, native = both(server, prompt)
     assert relative_error(ours, native) < FAINT
+    assert "family wan-t2v-14b is chosen for a HunyuanVideo model" in server.console()
+
+
+def test_a_schedule_that_is_not_the_familys_is_said(server: Server) -> None:
+    server.latents(tiny_prompt(steps=7, shift=3.0), ["4", 0])
+    made_for = "AccVideo: tiny models are made for 5 steps (teachers 50) with shift 7; sampling 7 with shift 3"
+    assert made_for in server.console()
 
 
 @pytest.mark.parametrize("sampler", ["AccVideoSampler", "SamplerCustomAdvanced"])
