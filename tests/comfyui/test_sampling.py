@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import math
 import time
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from accvideo_core.comfy_client import ComfyClient, ComfyInterrupted, Progress
+from accvideo_core.comfy_client import ComfyClient, ComfyError, ComfyInterrupted, Progress
 from accvideo_core.tiny import LATENT_SCALE, Which, load_tiny
 from accvideo_core.tiny.pipeline import TinyPipeline
 from tests.comfyui.server import Server, node, relative_error, tiny_prompt
@@ -196,11 +198,36 @@ def test_a_noise_mask_is_obeyed_as_natively(server: Server) -> None:
     assert relative_error(ours[..., :4], start[..., :4]) > 0.1
 
 
-def test_wan_presets_use_the_authors_solver(server: Server) -> None:
-    """On the tiny model, which is no Wan: only the solver and the schedule are looked at."""
-    prompt = tiny_prompt(family="wan-t2v-14b", steps=None, shift=None, guidance=None) | {
+def small_wan(path: Path, width: int = 128) -> None:
+    """Random weights of a Wan 2.1 text-to-video network with one head and one block, under the names it is released with."""
+    attention = {f"{part}.{name}": (width, width) for part in ("self_attn", "cross_attn") for name in "qkvo"}
+    block = attention | {"ffn.0": (2 * width, width), "ffn.2": (width, 2 * width)}
+    linear = {f"blocks.0.{name}": shape for name, shape in block.items()} | {
+        "patch_embedding": (width, 16, 1, 2, 2),
+        "text_embedding.0": (width, 4096),
+        "text_embedding.2": (width, width),
+        "time_embedding.0": (width, 256),
+        "time_embedding.2": (width, width),
+        "time_projection.1": (6 * width, width),
+        "head.head": (64, width),
+    }
+    generator = torch.Generator().manual_seed(0)
+    state = {"blocks.0.norm3.weight": torch.ones(width), "blocks.0.norm3.bias": torch.zeros(width)}
+    state |= {f"blocks.0.{part}.norm_{name}.weight": torch.ones(width) for part in ("self_attn", "cross_attn") for name in "qk"}
+    state |= {"blocks.0.modulation": torch.zeros(1, 6, width), "head.modulation": torch.zeros(1, 2, width)}
+    for name, shape in linear.items():
+        state[f"{name}.weight"] = torch.randn(shape, generator=generator) * math.prod(shape[1:]) ** -0.5
+        state[f"{name}.bias"] = torch.zeros(shape[0])
+    save_file(state, path)
+
+
+def test_a_wan_model_is_sampled_with_its_authors_solver(server: Server) -> None:
+    small_wan(server.base / "models" / "diffusion_models" / "wan.safetensors")
+    prompt = tiny_prompt(model=["wan", 0], positive=["text", 0], family="wan-t2v-14b", steps=None, shift=None, guidance=None) | {
+        "wan": node("UNETLoader", unet_name="wan.safetensors", weight_dtype="default"),
+        "text": node("AccVideoTestText", width=4096),
         "sigmas": node("AccVideoSigmas", family="wan-t2v-14b"),
-        "guider": node("BasicGuider", model=["1", 0], conditioning=["2", 0]),
+        "guider": node("BasicGuider", model=["wan", 0], conditioning=["text", 0]),
         "noise": node("RandomNoise", noise_seed=1),
         "unipc": node("KSamplerSelect", sampler_name="uni_pc_bh2"),
         "native": node(
@@ -214,6 +241,13 @@ def test_wan_presets_use_the_authors_solver(server: Server) -> None:
     }
     ours, native = both(server, prompt)
     assert relative_error(ours, native) < FAINT
+    prompt["4"]["inputs"]["positive"] = ["2", 0]
+    with pytest.raises(ComfyError, match="positive conditioning is 256 wide but this model reads text of width 4096"):
+        server.latents(prompt, ["4", 0])
+
+
+def test_a_family_that_is_not_the_models_is_said(server: Server) -> None:
+    server.latents(tiny_prompt(family="wan-t2v-14b"), ["4", 0])
     assert "family wan-t2v-14b is chosen for a HunyuanVideo model" in server.console()
 
 

@@ -1,4 +1,4 @@
-"""Nodes for the tests only: a MODEL that counts and delays its network calls, and ComfyUI's own preview of a latent."""
+"""Nodes for the tests only: a MODEL that counts and delays its network calls, a latent's preview, text of any width."""
 
 import time
 
@@ -47,4 +47,19 @@ class AccVideoTestPreview:
         return (torch.from_numpy(np.asarray(picture)).float()[None] / 255,)
 
 
-NODE_CLASS_MAPPINGS = {"AccVideoTestWatch": AccVideoTestWatch, "AccVideoTestPreview": AccVideoTestPreview}
+class AccVideoTestText:
+    """CONDITIONING of random text, for models whose text encoder is too large for a test."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"width": ("INT", {"max": 8192})}}
+
+    RETURN_TYPES = ("CONDITIONING",)
+    FUNCTION = "make"
+    CATEGORY = "AccVideo test"
+
+    def make(self, width):
+        return ([[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)), {}]],)
+
+
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (AccVideoTestWatch, AccVideoTestPreview, AccVideoTestText)}
