@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import tyro
+from paired import bootstrap
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,13 +175,6 @@ def measure(workers: list[Worker], size: str, dtype: str, repeats: int) -> dict[
         "settings_tried_seconds": {worker.name: quick[worker] for worker in workers},
         "seconds": seconds,
     }
-
-
-def bootstrap(values: list[float], draws: int = 4000) -> tuple[float, float]:
-    """95 % interval of the median."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
 
 
 def rounded(value: Any) -> Any:

@@ -17,13 +17,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
+from paired import bootstrap
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -81,13 +81,6 @@ def sample(pipeline: TinyPipeline, batch: int, seed: int) -> Sampled:
     return Sampled(pipeline._now() - start, sum(calls), len(calls))
 
 
-def interval(values: Sequence[float], draws: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the median, from a fixed seed."""
-    rng = random.Random(0)
-    medians = sorted(statistics.median(rng.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
-
-
 def components(pipeline: TinyPipeline, repeats: int) -> dict[str, float]:
     """Median seconds of text, sampling, VAE and MP4 for one prompt at batch 1."""
     seconds: dict[str, list[float]] = {"text": [], "sampling": [], "vae": [], "encoding": []}
@@ -128,7 +121,7 @@ def measure(args: Args) -> dict[str, Any]:
         "seconds": {which: statistics.median(r.total for r in found) for which, found in runs.items()},
         "network_step_seconds": step,
         "speedup": statistics.median(ratios),
-        "speedup_95": interval(ratios),
+        "speedup_95": bootstrap(ratios),
         "outside_network": outside,
         "prompt_to_mp4": {which: components(models[which], min(args.repeats, 5)) for which in models},
     }
