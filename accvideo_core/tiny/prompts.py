@@ -35,13 +35,25 @@ NOUNS = ("shape", "object", "thing")  # for an open shape
 GLUE = ("a", "an", "on", "to", "the", "background", "moving", "going", "drifting")
 # Words that name a class wherever they stand; a phrase is known by the word that tells it from the others.
 MEANING = {phrase.split()[-1]: name for name, phrases in SYNONYMS.items() for phrase in phrases}
+# Other forms people write, read as the word the models were trained on.
+FORMS = {
+    "moves": "moving",
+    "goes": "going",
+    "drifts": "drifting",
+    "rises": "rising",
+    "falls": "falling",
+    "rightward": "rightwards",
+    "leftward": "leftwards",
+    "upward": "upwards",
+    "downward": "downwards",
+}
 VOCABULARY = (*GLUE, *NOUNS, *MEANING)
 _KIND = {name: kind for kind, classes in CLASSES.items() for name in classes}
 
 
 def split_words(prompt: str) -> list[str]:
-    """The prompt's words, lower case, without punctuation and digits."""
-    return re.findall(r"[^\W\d_]+", prompt.lower())
+    """The prompt's words, lower case, without punctuation and digits, in the form the vocabulary has."""
+    return [FORMS.get(word, word) for word in re.findall(r"[^\W\d_]+", prompt.lower())]
 
 
 def read_prompt(prompt: str) -> dict[str, str]:

@@ -143,6 +143,11 @@ def test_every_synonym_is_a_known_word():
                 assert len(tokenize(f"a thing {phrase}")) == len(phrase.split()) + 3
 
 
+def test_other_forms_of_a_word_are_the_word():
+    assert tokenize("A red ball moves right.") == tokenize("a red ball moving right")
+    assert read_prompt("a box that falls, on a grey background") == {"shape": "square", "motion": "down", "background": "grey"}
+
+
 def test_unknown_words_are_named_and_hopeless_prompts_refused():
     with pytest.warns(AccVideoWarning, match="'shiny'"):
         assert tokenize("a shiny red ball") == tokenize("a red ball")
