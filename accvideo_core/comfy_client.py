@@ -210,7 +210,7 @@ class ComfyClient:
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         async with self._open(method, path, json=body) as response:
-            text = await response.text()
+            text = await response.text(errors="replace")
             if method == "GET" and response.status != 200:
                 raise ComfyError(f"ComfyUI at {self.url} answered {path} with status {response.status}; is this really ComfyUI?")
             try:
@@ -224,7 +224,7 @@ class ComfyClient:
         try:
             async with self._http.request(method, f"{self.url}{path}", **options) as response:
                 yield response
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, aiohttp.InvalidURL) as error:
             if isinstance(error, AccVideoError):
                 raise
             raise self._unreachable(error) from error

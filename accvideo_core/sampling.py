@@ -75,7 +75,15 @@ def euler_flow(velocity: Velocity, noise: torch.Tensor, sigmas: torch.Tensor, ob
 
 
 def few_step(velocity: Velocity, noise: torch.Tensor, preset: Preset, observers: Iterable[Observer] = ()) -> torch.Tensor:
-    """Sample a student with its family's schedule (`preset.sigmas()`); arguments and result as in `euler_flow`."""
+    """Sample a student with its family's schedule (`preset.sigmas()`); arguments and result as in `euler_flow`.
+
+    Raises InvalidValueError for a family whose students are not made for Euler steps (Wan's run UniPC).
+    """
+    if preset.solver != "euler":
+        raise InvalidValueError(
+            f"{preset.family} students are sampled with {preset.solver}, not with Euler steps; use ComfyUI's solver of that "
+            "name, or euler_flow with preset.sigmas() if Euler is what you want"
+        )
     return euler_flow(velocity, noise, preset.sigmas(), observers)
 
 

@@ -52,6 +52,11 @@ def diffusion_model_path(name: str) -> Path:
     return Path(path)
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A weight file as ComfyUI's own loaders read it: memory-mapped where it can, so that weights are not held twice."""
+    return comfy.utils.load_torch_file(str(path), safe_load=True)
+
+
 def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
     """Call one of ComfyUI's functions with those keywords that this version of it knows: its signatures grow."""
     known = inspect.signature(function).parameters
@@ -245,7 +250,7 @@ def _sample_euler_flow(
 
 
 def solver(name: str) -> comfy.samplers.Sampler:
-    """The native SAMPLER for a preset's solver. Wan's authors run UniPC of kind "bh2"; ComfyUI has its own of that kind."""
+    """The native SAMPLER for a preset's solver. Wan's authors run a UniPC; ComfyUI's own ("bh2") is near it, not equal."""
     if name == "euler":
         return comfy.samplers.KSAMPLER(_sample_euler_flow)
     if name == "uni_pc":

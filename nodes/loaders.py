@@ -18,12 +18,13 @@ WEIGHT_DTYPES: dict[str, torch.dtype | None] = {"default": None, "bf16": torch.b
 def load_student(path: Path, dtype: torch.dtype | None = None) -> tuple[object, str]:
     """(native MODEL with its family's shift, family) of any weight file `accvideo_core.checkpoint` reads."""
 
-    def read_state() -> dict[str, torch.Tensor]:
-        with open_checkpoint(path) as checkpoint:
-            return checkpoint.state_dict()
-
     with open_checkpoint(path) as checkpoint:  # refused here, by name, before anything large is read
-        family = checkpoint.family
+        family, stored = checkpoint.family, checkpoint.stored_names
+
+    def read_state() -> dict[str, torch.Tensor]:
+        tensors = bridge.read_tensors(path)
+        return {original: tensors[name] for original, name in stored.items()}
+
     return bridge.with_shift(bridge.load_model(read_state, str(path), dtype), get_preset(family).shift), family
 
 
@@ -137,6 +138,7 @@ class AccVideoTinyModels(io.ComfyNode):
     def execute(cls, which: str) -> io.NodeOutput:
         from ..accvideo_core import tiny  # not at ComfyUI's start: most sessions never use it
 
+        tiny.check_match(which)
         model, _ = load_student(tiny.weights_path(which))
         encoder, vae = tiny.load_text_encoder(), tiny.load_vae()
         bridge.set_preview_colours(model, *preview_colours(vae))

@@ -15,6 +15,7 @@ from . import bridge
 
 log = logging.getLogger("accvideo")
 ARCHITECTURES = {"hunyuan": "HunyuanVideo", "tiny": "HunyuanVideo", "wan": "WAN"}  # by the family's first word
+MAX_STEPS = 100_000  # of the whole schedule that a denoise below 1 takes the end of
 FAMILY_TOOLTIP = "Which kind of student this is; it decides the solver, and steps, shift and guidance where they are left out."
 
 
@@ -65,7 +66,13 @@ def partial_sigmas(preset: Preset, steps: int | None, shift: float | None, denoi
     if denoise == 0:
         return full[:0]
     count = len(full) - 1
-    return preset.sigmas(int(count / denoise), shift)[-(count + 1) :]
+    whole = int(count / denoise)
+    if whole > MAX_STEPS:
+        raise InvalidValueError(
+            f"denoise {denoise:g} in {count} steps is the end of a schedule of {whole} steps; raise denoise to at least "
+            f"{count / MAX_STEPS:g}, or set it to 0 to keep the latent"
+        )
+    return preset.sigmas(whole, shift)[-(count + 1) :]
 
 
 class AccVideoSampler(io.ComfyNode):

@@ -17,8 +17,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from ..devices import pick_device
 from ..dit import Conditioning
-from ..errors import InvalidValueError
 from ..schedule import PRESETS
 from .layouts import some
 from .reader import FLOAT8, Checkpoint, load_student, open_checkpoint
@@ -133,11 +133,8 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
     went to the wrong places.
     """
     dtype = {"stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidValueError(f"device is {args.device!r}, which this torch cannot use; try --device cpu") from error
-    network = load_student(args.file, device=args.device, dtype=dtype)
+    device = pick_device(args.device)
+    network = load_student(args.file, device=device, dtype=dtype)
     generator = torch.Generator("cpu").manual_seed(0)
     c = network.config
     noise = torch.randn(_STEP_LATENT, generator=generator)
@@ -146,7 +143,7 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
         pooled=torch.randn(1, c.pooled_dim, generator=generator),
         guidance=torch.full((1,), 6.0) if c.guidance_embed else None,
     )
-    velocity = network(noise.to(args.device), torch.ones(1, device=args.device), conditioning.to(args.device)).float().cpu()
+    velocity = network(noise.to(device), torch.ones(1, device=device), conditioning.to(device)).float().cpu()
     finite = bool(torch.isfinite(velocity).all())
     likeness = float(torch.corrcoef(torch.stack([velocity.flatten(), noise.flatten()]))[0, 1])
     stats = {

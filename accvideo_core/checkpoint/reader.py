@@ -115,7 +115,10 @@ class Checkpoint:
         """All tensors, in memory."""
         return {key: self.read(key) for key in self}
 
-    read_all = state_dict
+    @property
+    def stored_names(self) -> dict[str, str]:
+        """Original name -> the name in the file, for a host that reads the tensors itself."""
+        return dict(self._stored)
 
     @property
     def parameters(self) -> int:

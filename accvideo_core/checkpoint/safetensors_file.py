@@ -136,7 +136,7 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _tensor_info(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if code not in DTYPES:
-        raise ValueError(f"tensor {name} has dtype {code}, known are {', '.join(DTYPES)}")
+        raise ValueError(f"tensor {name} has dtype {code}, which cannot be read; known are {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"tensor {name} has shape {shape}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -167,9 +168,8 @@ class HunyuanVideoDiT(nn.Module):
 
     def _unpatch(self, x: Tensor, grid: tuple[int, ...]) -> Tensor:
         """(B, N, C*pt*ph*pw), channel slowest -> (B, C, T, H, W)."""
-        x = x.unflatten(1, grid).unflatten(-1, (self.config.out_channels, *self.config.patch_size))
-        x = x.permute(0, 4, 1, 5, 2, 6, 3, 7)  # b t h w c pt ph pw -> b c t pt h ph w pw
-        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        sizes = dict(zip(("t", "h", "w", "pt", "ph", "pw"), (*grid, *self.config.patch_size), strict=True))
+        return rearrange(x, "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)", **sizes)
 
     def _check(self, latent: Tensor, features: Sequence[str]) -> frozenset[str]:
         c, patch = self.config, self.config.patch_size

@@ -12,6 +12,7 @@ import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..devices import pick_device
 from ..errors import InvalidValueError, PromptError
 from ..files import check_writable
 from ..media import contact_sheet, side_by_side, stack, write_mp4, write_png
@@ -19,7 +20,6 @@ from ..schedule import PRESETS
 from ..tiny import Which
 from ..tiny.clips import FPS
 from ..tiny.pipeline import TinyPipeline
-from ..tiny.training import pick_device
 
 PRESET = PRESETS["tiny"]
 COLUMNS: tuple[tuple[Which, int], ...] = (
@@ -54,7 +54,8 @@ def run(args: CompareArgs) -> int:
     if args.upscale < 1:
         raise InvalidValueError(f"upscale is {args.upscale}; it must be a whole number of at least 1")
     video, sheet = args.out / "comparison.mp4", args.out / "comparison.png"
-    check_writable(video)
+    for path in (video, sheet):
+        check_writable(path)
     device = pick_device(args.device)
     pipelines = {which: TinyPipeline.load(which, device) for which in ("teacher", "student")}
     for pipeline in pipelines.values():  # the first call pays for start-up; it is not what is compared

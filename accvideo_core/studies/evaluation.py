@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..devices import pick_device
 from ..errors import AccVideoError, InvalidValueError
 from ..files import atomic_path, check_writable
 from ..tiny import oracle
 from ..tiny.clips import CLASSES
 from ..tiny.pipeline import DTYPES, TinyPipeline
-from ..tiny.training import pick_device
+from ..tiny.text import tokenize
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Row:
 
 def run(args: EvaluateArgs) -> int:
     """Print the score; exit code 0 whatever it is."""
+    for name, value in (("batch", args.batch), ("limit", args.limit)):
+        if value is not None and value < 1:
+            raise InvalidValueError(f"{name} is {value}; it must be at least 1")
     rows = read_plan(args.plan)[: args.limit]
-    if args.batch < 1 or not rows:
-        raise InvalidValueError(f"batch {args.batch} and limit {args.limit} leave nothing to generate; both must be at least 1")
     if args.frames_out:
         check_writable(args.frames_out)
     pipeline = TinyPipeline.load("teacher" if args.teacher else "student", pick_device(args.device), DTYPES[args.dtype])
@@ -92,19 +94,27 @@ def read_plan(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-            row = Row(str(value["prompt"]), int(value["seed"]), dict(value.get("named") or {}))
+            rows.append(_row(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
-            raise AccVideoError(
-                f'{path}, line {number}: {error!r}; a row is {{"prompt": ..., "seed": ..., "named": ...}}'
-            ) from error
-        for kind, name in row.named.items():
-            if name not in CLASSES.get(kind, ()):
-                raise AccVideoError(f"{path}, line {number}: no {kind!r} {name!r}; attributes are {json.dumps(CLASSES)}")
-        rows.append(row)
+            expected = '{"prompt": "a red ball", "seed": 7, "named": {"colour": "red", "shape": "circle"}}'
+            raise AccVideoError(f"{path}, line {number}: {error}; a row looks like {expected}") from error
     if not rows:
         raise AccVideoError(f"the plan {str(path)!r} has no rows; give a file of JSON lines")
     return rows
+
+
+def _row(value: Any) -> Row:
+    """A checked row, so that hours of generating never end at a bad one; ValueError says what is wrong with it."""
+    prompt, seed, named = value["prompt"], value["seed"], value.get("named") or {}
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt is {prompt!r}, not a text")
+    if type(seed) is not int or not 0 <= seed < 2**64:
+        raise ValueError(f"the seed is {seed!r}, not a whole number from 0 to 2**64 - 1")
+    for kind, name in named.items():
+        if name not in CLASSES.get(kind, ()):
+            raise ValueError(f"no {kind} {name!r}; attributes are {json.dumps(CLASSES)}")
+    tokenize(prompt)
+    return Row(prompt, seed, dict(named))
 
 
 def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
+from ..checkpoint import load_student, open_checkpoint
 from ..dit import HunyuanVideoDiT
 from ..errors import CheckpointError
 from .text import TinyTextEncoder
@@ -27,16 +31,42 @@ def weights_path(name: str, folder: Path | None = None) -> Path:
     return (folder or weights_folder()) / f"{name}.safetensors"
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a weight file; CheckpointError if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise _missing(path, error) from error
+
+
+def check_match(which: Which, folder: Path | None = None) -> None:
+    """CheckpointError unless the network was trained on the text encoder and the VAE that lie beside it.
+
+    Training writes their sha256 into the network's metadata; a file without it is taken as it is.
+    """
+    path = weights_path(which, folder)
+    try:
+        with open_checkpoint(path) as checkpoint:
+            made_from = checkpoint.metadata
+    except CheckpointError as error:
+        raise _missing(path, error) from error
+    for part in ("vae", "text_encoder"):
+        if part in made_from and made_from[part] != file_hash(weights_path(part, folder)):
+            raise CheckpointError(
+                f"{str(path)!r} was trained with another {part} than {str(weights_path(part, folder))!r}; "
+                f"reinstall accvideo, or train it again: accvideo tiny train {which}"
+            )
+
+
 def load_tiny(
     which: Which = "student", device: Any = "cpu", dtype: torch.dtype | None = None, folder: Path | None = None
 ) -> tuple[HunyuanVideoDiT, TinyTextEncoder, TinyVAE]:
     """(network, text encoder, VAE), ready to sample: evaluation mode, no gradients.
 
     dtype is the network's (default float32); text encoder and VAE are float32. Raises CheckpointError when a file is
-    missing or damaged.
+    missing or damaged, or when the three were not made for each other.
     """
-    from ..checkpoint import load_student
-
+    check_match(which, folder)
     network = load_student(weights_path(which, folder), device=device, dtype=dtype or torch.float32)
     text, vae = load_text_encoder(folder), load_vae(folder)
     for module in (network, text, vae):
@@ -46,37 +76,42 @@ def load_tiny(
 
 def load_text_encoder(folder: Path | None = None) -> TinyTextEncoder:
     """The bundled text encoder, float32, on the CPU."""
-    return _load(TinyTextEncoder(), weights_path("text_encoder", folder))
+    module = TinyTextEncoder()
+    _fill(module, weights_path("text_encoder", folder))
+    return module
 
 
 def load_vae(folder: Path | None = None) -> TinyVAE:
     """The bundled VAE, float32, on the CPU."""
-    return _load(TinyVAE(), weights_path("vae", folder))
+    module = TinyVAE()
+    _fill(module, weights_path("vae", folder))
+    return module
 
 
-def _load(module: Any, path: Path) -> Any:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def _fill(module: nn.Module, path: Path) -> None:
     try:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"cannot read the bundled weights {str(path)!r} ({error}); reinstall accvideo or train them: accvideo tiny train"
-        ) from error
+        raise _missing(path, error) from error
     try:
-        nn.Module.load_state_dict(module, {name: t.float() for name, t in state.items()})
+        module.load_state_dict({name: t.float() for name, t in state.items()})
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{str(path)!r} does not fit this version of accvideo: {str(error).splitlines()[-1].strip()}; train it again"
-        ) from error
-    return module.eval().requires_grad_(False)
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{str(path)!r} does not fit this version of accvideo: {reason}; train it again") from error
+    module.eval().requires_grad_(False)
+
+
+def _missing(path: Path, error: Exception) -> CheckpointError:
+    cure = "reinstall accvideo, or train them: accvideo tiny train"
+    return CheckpointError(f"cannot read the tiny world's weights {str(path)!r} ({error}); {cure}")
 
 
 __all__ = [
     "LATENT_SCALE",
     "TinyTextEncoder",
     "TinyVAE",
+    "check_match",
+    "file_hash",
     "load_text_encoder",
     "load_tiny",
     "load_vae",

@@ -12,13 +12,13 @@ import tyro
 from tqdm import tqdm
 
 from .. import __version__
+from ..devices import pick_device
 from ..errors import InvalidValueError, PromptError
 from ..files import check_writable
 from ..media import upscale, write_mp4
 from ..sampling import Step
 from .clips import FPS, FRAMES, SIZE
 from .pipeline import DTYPES, TinyPipeline
-from .training import pick_device
 
 
 @dataclass(frozen=True)

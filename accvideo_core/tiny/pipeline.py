@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..devices import synchronize
 from ..dit import Conditioning, HunyuanVideoDiT
 from ..errors import InvalidValueError
 from ..sampling import Observer, Velocity, euler_flow, make_noise
@@ -19,7 +20,7 @@ from ..schedule import PRESETS
 from . import Which, load_tiny
 from .clips import FRAMES, SIZE
 from .text import TinyTextEncoder
-from .vae import CHANNELS, LATENT_SCALE, TinyVAE
+from .vae import CHANNELS, LATENT_SCALE, TinyVAE, to_pixels
 
 PRESET = PRESETS["tiny"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,13 +47,6 @@ def latent_shape(frames: int, height: int, width: int) -> tuple[int, int, int, i
     return CHANNELS, (frames - 1) // 4 + 1, height // 8, width // 8
 
 
-def pixels(frames: Tensor) -> NDArray[np.uint8]:
-    """(N, 3, T, H, W) in [-1, 1] -> (N, T, H, W, 3) uint8."""
-    scaled = (frames.float().clamp(-1, 1) + 1) * 127.5
-    array: NDArray[np.uint8] = scaled.round().to(torch.uint8).permute(0, 2, 3, 4, 1).cpu().numpy()
-    return array
-
-
 class TinyPipeline:
     """Text encoder, network and VAE of the tiny world on one device; the network in `dtype`, the others in float32."""
 
@@ -71,9 +65,8 @@ class TinyPipeline:
 
     def condition(self, prompts: Sequence[str], guidance: float | None = None) -> Conditioning:
         """Conditioning of a batch of prompts; guidance in plain scale, 6 by default."""
-        text, pooled, mask = self.text.encode(prompts)
-        scale = PRESET.guidance or 0.0 if guidance is None else guidance
-        return Conditioning(text, pooled, torch.full((len(prompts),), scale, device=self.device), mask)
+        scale = (PRESET.guidance if guidance is None else guidance) or 0.0
+        return self.text.condition(prompts, torch.full((len(prompts),), scale))
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         """The network under this conditioning, as samplers take it."""
@@ -100,13 +93,12 @@ class TinyPipeline:
         times.append(self._now())
         latents = euler_flow(self.velocity(conditioning), noise, sigmas, observers)
         times.append(self._now())
-        video = pixels(self.vae.decode(latents / LATENT_SCALE))
+        video = to_pixels(self.vae.decode(latents / LATENT_SCALE))
         times.append(self._now())
         seconds = {name: b - a for name, a, b in zip(("text", "sampling", "vae"), times, times[1:], strict=False)}
         return Generation(video, latents, seconds)
 
     def _now(self) -> float:
         """The clock, after all queued work on the device is done."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return time.perf_counter()

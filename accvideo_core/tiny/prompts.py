@@ -52,8 +52,8 @@ _KIND = {name: kind for kind, classes in CLASSES.items() for name in classes}
 
 
 def split_words(prompt: str) -> list[str]:
-    """The prompt's words, lower case, without punctuation and digits, in the form the vocabulary has."""
-    return [FORMS.get(word, word) for word in re.findall(r"[^\W\d_]+", prompt.lower())]
+    """The prompt's words and numbers, lower case, without punctuation, in the form the vocabulary has."""
+    return [FORMS.get(word, word) for word in re.findall(r"[^\W_]+", prompt.lower())]
 
 
 def read_prompt(prompt: str) -> dict[str, str]:
@@ -63,6 +63,15 @@ def read_prompt(prompt: str) -> dict[str, str]:
         if word in MEANING:
             named.setdefault(_KIND[MEANING[word]], MEANING[word])
     return named
+
+
+def contradictions(words: list[str]) -> dict[str, list[str]]:
+    """Attributes that the words name more than once, and as what: {"colour": ["red", "blue"]}."""
+    named: dict[str, list[str]] = {}
+    for word in words:
+        if word in MEANING and MEANING[word] not in named.setdefault(_KIND[MEANING[word]], []):
+            named[_KIND[MEANING[word]]].append(MEANING[word])
+    return {kind: names for kind, names in named.items() if len(names) > 1}
 
 
 def write_prompt(named: Mapping[str, str], generator: torch.Generator) -> str:

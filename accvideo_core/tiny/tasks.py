@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 from tqdm import tqdm
 
 from ..distill import trajectory_loss
-from ..dit import Conditioning, DiTConfig, HunyuanVideoDiT
+from ..dit import DiTConfig, HunyuanVideoDiT
+from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path
 from ..sampling import Step, euler_flow, make_noise
 from ..schedule import PRESETS, key_indices, key_sigmas, shift_sigmas
 from .clips import Scenes, coverage, keyed_generator, paint, sample_scenes
 from .prompts import open_some, write_prompt
 from .text import TinyTextEncoder
-from .training import Defaults, Part, Task
-from .vae import CHANNELS, LATENT_SCALE, TinyVAE
+from .training import Defaults, Part, Task, check_made_from
+from .vae import CHANNELS, LATENT_SCALE, TinyVAE, to_pixels
 
 PRESET = PRESETS["tiny"]
 TEACHER_STEPS, KEYS = PRESET.teacher_steps, PRESET.keys or 5
@@ -44,6 +47,7 @@ def to_network(frames: Tensor, device: torch.device) -> Tensor:
 
 
 def save_weights(path: Path, module: nn.Module, dtype: torch.dtype, metadata: dict[str, str]) -> Path:
+    """Write a module's tensors; the metadata names what it was made from, and `load_tiny` holds the parts to it."""
     state = {name: t.detach().to("cpu", dtype).contiguous() for name, t in module.state_dict().items()}
     with atomic_path(path) as temporary:
         save_file(state, temporary, metadata={"format": "pt", **metadata})
@@ -54,10 +58,12 @@ class VAETask:
     """L1 + L2 on frames, pixels at and around the object weighted 10 times, through latent noise of random strength."""
 
     defaults = Defaults(steps=900, batch=16, lr=2e-3, warmup=50, ema=0.99)
+    noise = 0.4  # the most that is added to latents of unit deviation
     statistics = 1024  # clips that the channels' mean and deviation are taken over
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed, self.device = seed, device
+        self.made_from: dict[str, str] = {}
         torch.manual_seed(seed)
         self.vae = TinyVAE().to(device)
         self.model: nn.Module = self.vae
@@ -74,7 +80,7 @@ class VAETask:
 
     def loss(self, step: int, batch: int) -> Tensor:
         frames, weight, generator = self.batch("vae", step, batch)
-        strength = 0.4 * torch.rand(batch, 1, 1, 1, 1, generator=generator)
+        strength = self.noise * torch.rand(batch, 1, 1, 1, 1, generator=generator)
         noise = strength * torch.randn(batch, *LATENT_SHAPE, generator=generator)
         output, raw = self.vae.reconstruct(frames, noise.to(self.device))
         error = (output.float() - frames).abs()
@@ -112,7 +118,9 @@ class LatentPool:
         chunks = []
         for start in tqdm(range(0, self.size, 64), desc=f"clips, round {number}", leave=False, mininterval=5):
             scenes = self.scenes.rows(slice(start, start + 64))
-            chunks.append((self.vae.encode(to_network(paint(scenes, coverage(scenes)), self.device)) * LATENT_SCALE).half())
+            with torch.autocast(self.device.type, enabled=False):
+                latents = self.vae.encode(to_network(paint(scenes, coverage(scenes)), self.device)) * LATENT_SCALE
+            chunks.append(latents.half())
         self.latents, self.round = torch.cat(chunks), number
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> tuple[Tensor, list[dict[str, str]]]:
@@ -122,11 +130,6 @@ class LatentPool:
             self.fill(number)
         index = torch.randint(self.size, (count,), generator=generator)
         return self.latents[index.to(self.device)].float(), [self.scenes.names(int(i)) for i in index]
-
-
-def condition(text: TinyTextEncoder, prompts: Sequence[str], guidance: Tensor) -> Conditioning:
-    states, pooled, mask = text.encode(prompts)
-    return Conditioning(states, pooled, guidance.to(states.device), mask)
 
 
 def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
@@ -141,10 +144,11 @@ class TeacherTask:
     shift = 3.0  # of the training sigmas; sampling uses 7
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
-        from . import load_vae
+        from . import file_hash, load_vae, weights_path
 
         self.seed, self.device = seed, device
         self.vae = load_vae(weights).to(device)
+        self.made_from = {"vae": file_hash(weights_path("vae", weights))}
         torch.manual_seed(seed)
         self.network = HunyuanVideoDiT(DiTConfig.tiny()).init_weights(seed).to(device)
         self.text = TinyTextEncoder().to(device)
@@ -163,15 +167,16 @@ class TeacherTask:
         sigma = shift_sigmas(u, self.shift).to(self.device)
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        cond = condition(self.text, prompts, draw_guidance(batch, generator))
+        cond = self.text.condition(prompts, draw_guidance(batch, generator))
         return (self.network(noisy, sigma, cond).float() - (noise - clean)).pow(2).mean()
 
     def export(self, folder: Path, steps: int) -> list[Path]:
-        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny"}
-        return [
-            save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note),
-            save_weights(folder / "text_encoder.safetensors", self.text, torch.float16, note),
-        ]
+        from . import file_hash
+
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", **self.made_from}
+        text = save_weights(folder / "text_encoder.safetensors", self.text, torch.float16, note)
+        note["text_encoder"] = file_hash(text)
+        return [save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note), text]
 
     def sheet(self, path: Path) -> None:
         sample_sheet(path, self.network, self.text, self.vae, TEACHER_STEPS)
@@ -184,9 +189,12 @@ class StudentTask:
     chunk = 128  # trajectories captured and stored together
 
     def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
-        from . import load_tiny
+        from . import file_hash, load_tiny, weights_path
 
+        if count < 1:
+            raise InvalidValueError(f"trajectories is {count}; it must be at least 1")
         self.seed, self.device, self.run, self.count = seed, device, run, count
+        self.made_from = {part: file_hash(weights_path(part, weights)) for part in ("vae", "text_encoder", "teacher")}
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         self.network, _, _ = load_tiny("teacher", device=device, folder=weights)
         self.network.requires_grad_(True).train()
@@ -197,27 +205,41 @@ class StudentTask:
 
     def prepare(self) -> None:
         """Capture the trajectories, in chunks that are kept, so that an interrupted capture goes on."""
-        chunk = self.chunk
         keys, self.prompts = [], []
-        for number in tqdm(range(-(-self.count // chunk)), desc="trajectories", mininterval=5):
-            path = self.run / f"trajectories-{number:03d}.safetensors"
-            generator = keyed_generator(self.seed, "trajectories", number)
-            scenes = sample_scenes(chunk, generator)
-            prompts = [write_prompt(open_some(scenes.names(i), generator), generator) for i in range(chunk)]
-            if not path.exists():
-                seeds = torch.randint(2**31, (chunk,), generator=generator).tolist()
-                captured = self.capture(prompts, seeds)
-                with atomic_path(path) as temporary:
-                    save_file({"keys": captured.half().cpu()}, temporary)
-            keys.append(load_file(path)["keys"])
+        for start in tqdm(range(0, self.count, self.chunk), desc="trajectories", mininterval=5):
+            captured, prompts = self.chunk_of_trajectories(start, min(self.chunk, self.count - start))
+            keys.append(captured)
             self.prompts += prompts
         self.keys = torch.cat(keys)
+
+    def chunk_of_trajectories(self, start: int, count: int) -> tuple[Tensor, list[str]]:
+        """Key latents (count, m + 1, 16, 5, 8, 8) float16 and prompts, captured now or read from an earlier run."""
+        path = self.run / f"trajectories-{start:06d}.safetensors"
+        recipe = {"seed": str(self.seed), "start": str(start), "count": str(count), "steps": str(TEACHER_STEPS), **self.made_from}
+        if path.exists():
+            cure = "delete the trajectories, or choose another --run"
+            try:
+                with safe_open(path, framework="pt") as file:
+                    known = file.metadata()
+                    captured, prompts = file.get_tensor("keys"), json.loads(known.pop("prompts"))
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
+                raise CheckpointError(f"cannot read {str(path)!r} ({error}); {cure}") from error
+            check_made_from(path, known, recipe, cure)
+            return captured, prompts
+        generator = keyed_generator(self.seed, "trajectories", start)
+        scenes = sample_scenes(count, generator)
+        prompts = [write_prompt(open_some(scenes.names(i), generator), generator) for i in range(count)]
+        seeds = torch.randint(2**31, (count,), generator=generator).tolist()
+        captured = self.capture(prompts, seeds).half().cpu()
+        with atomic_path(path) as temporary:
+            save_file({"keys": captured}, temporary, metadata={**recipe, "prompts": json.dumps(prompts)})
+        return captured, prompts
 
     @torch.no_grad()
     def capture(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """(B, m + 1, 16, 5, 8, 8): the teacher's key latents in sampling order, noise first."""
         n, m = TEACHER_STEPS, KEYS
-        cond = condition(self.text, prompts, torch.full((len(prompts),), PRESET.guidance or 0.0))
+        cond = self.text.condition(prompts, torch.full((len(prompts),), GUIDANCES[0]))
         noise = make_noise((len(prompts), *LATENT_SHAPE), seeds).to(self.device)
         kept, wanted = [noise], set(key_indices(n, m))
 
@@ -236,11 +258,11 @@ class StudentTask:
         cleaner = self.keys[index, position + 1].float().to(self.device)
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         with torch.no_grad():
-            cond = condition(self.text, [self.prompts[int(i)] for i in index], draw_guidance(batch, generator))
+            cond = self.text.condition([self.prompts[int(i)] for i in index], draw_guidance(batch, generator))
         return trajectory_loss(self.network(noisier, sigma, cond).float(), noisier, cleaner, sigma, sigma_next)
 
     def export(self, folder: Path, steps: int) -> list[Path]:
-        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count)}
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
         return [save_weights(folder / "student.safetensors", self.network, torch.bfloat16, note)]
 
     def sheet(self, path: Path) -> None:
@@ -261,7 +283,7 @@ SHEET_PROMPTS = (
 def sample_sheet(path: Path, network: HunyuanVideoDiT, text: TinyTextEncoder, vae: TinyVAE, steps: int) -> None:
     noise = make_noise((len(SHEET_PROMPTS), *LATENT_SHAPE), range(len(SHEET_PROMPTS)))
     device = next(network.parameters()).device
-    cond = condition(text, SHEET_PROMPTS, torch.full((len(SHEET_PROMPTS),), 6.0))
+    cond = text.condition(SHEET_PROMPTS, torch.full((len(SHEET_PROMPTS),), GUIDANCES[0]))
     latent = euler_flow(lambda x, s: network(x, s, cond), noise.to(device), PRESET.sigmas(steps))
     write_sheet(path, list(zip(SHEET_PROMPTS, vae.decode(latent / LATENT_SCALE)[:, None], strict=True)))
 
@@ -270,8 +292,4 @@ def write_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     """A PNG with a row of every fourth frame per clip; rows of several clips (B, 3, T, H, W) are laid side by side."""
     from ..media import contact_sheet, write_png
 
-    clips = []
-    for label, frames in rows:
-        pixels = ((frames.float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-        clips += [(label, clip.permute(1, 2, 3, 0).numpy()) for clip in pixels]
-    write_png(path, contact_sheet(clips))
+    write_png(path, contact_sheet([(label, clip) for label, frames in rows for clip in to_pixels(frames)]))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ..dit import attention
+from ..dit import Conditioning, attention
 from ..errors import AccVideoWarning, PromptError
 from .clips import CLASSES
-from .prompts import MEANING, NOUNS, VOCABULARY, split_words
+from .prompts import MEANING, NOUNS, VOCABULARY, contradictions, split_words
 
 MAX_TOKENS = 32
 TEXT_DIM, POOLED_DIM = 256, 768
@@ -23,10 +23,13 @@ _TOKEN = {word: i + 1 for i, word in enumerate(VOCABULARY)}
 def tokenize(prompt: str) -> list[int]:
     """Token numbers of a prompt, the begin token first; "" is the fully open prompt, the begin token alone.
 
-    Words outside the vocabulary, and words past MAX_TOKENS, are dropped and named in an AccVideoWarning. Raises
-    PromptError when no word of a prompt says anything about a clip.
+    Words outside the vocabulary and words past MAX_TOKENS are dropped, and two names for one attribute contradict each
+    other; an AccVideoWarning names them. Raises PromptError when no word of a prompt says anything about a clip.
     """
     words = split_words(prompt)
+    for kind, names in contradictions(words).items():
+        message = f"{prompt!r} names more than one {kind} ({', '.join(names)}), and a clip has one; the result is a guess"
+        warnings.warn(message, AccVideoWarning, stacklevel=2)
     unknown = [w for w in words if w not in _TOKEN]
     if prompt.strip() and not any(w in MEANING or w in NOUNS for w in words):
         known = "; ".join(f"{kind}: {', '.join(classes)}" for kind, classes in CLASSES.items())
@@ -40,10 +43,11 @@ def tokenize(prompt: str) -> list[int]:
             AccVideoWarning,
             stacklevel=2,
         )
-    kept = [_TOKEN[w] for w in words if w in _TOKEN]
-    if len(kept) >= MAX_TOKENS:
-        warnings.warn(f"{prompt!r} is longer than {MAX_TOKENS - 1} words; the rest is left out", AccVideoWarning, stacklevel=2)
-    return [BEGIN, *kept][:MAX_TOKENS]
+    kept = [w for w in words if w in _TOKEN]
+    if cut := kept[MAX_TOKENS - 1 :]:
+        message = f"the prompt is longer than {MAX_TOKENS - 1} words; left out: {' '.join(cut)}"
+        warnings.warn(message, AccVideoWarning, stacklevel=2)
+    return [BEGIN, *(_TOKEN[w] for w in kept[: MAX_TOKENS - 1])]
 
 
 class TinyTextEncoder(nn.Module):
@@ -83,6 +87,11 @@ class TinyTextEncoder(nn.Module):
     def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor | None]:
         """(text (B, L, 256), pooled (B, 768), mask (B, L) bool or None when all prompts have one length)."""
         return self.encode_tokens([tokenize(p) for p in prompts])
+
+    def condition(self, prompts: Sequence[str], guidance: Tensor) -> Conditioning:
+        """Conditioning of the network for B prompts; guidance (B,) in plain scale."""
+        text, pooled, mask = self.encode(prompts)
+        return Conditioning(text, pooled, guidance.to(text.device), mask)
 
     def encode_tokens(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor | None]:
         """As `encode`, from the rows of token numbers that `tokenize` gives."""

@@ -6,17 +6,19 @@ Every draw is keyed by (seed, part, step), so a run that was stopped and resumed
 from __future__ import annotations
 
 import math
+import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..errors import InvalidValueError
+from ..devices import autocast_dtype, pick_device
+from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path, check_writable
 
 Part = Literal["vae", "teacher", "student"]
@@ -28,18 +30,19 @@ class TrainArgs:
 
     part: tyro.conf.Positional[Part]
     """What to train; the teacher needs a VAE, the student needs a teacher."""
-    steps: int = 0
-    """Optimizer steps in all; 0 takes the part's default (about 25 minutes on 2 laptop cores)."""
-    batch: int = 0
-    """Clips a step; 0 takes the part's default."""
-    lr: float = 0.0
-    """Peak learning rate; 0 takes the part's default."""
+    steps: int | None = None
+    """Optimizer steps in all; default: the part's own, half an hour or so on 2 laptop cores."""
+    batch: int | None = None
+    """Clips a step; default: the part's own."""
+    lr: float | None = None
+    """Peak learning rate; default: the part's own."""
     seed: int = 0
     """Everything random follows from it."""
     run: Path = Path("runs/tiny")
     """Folder for the resumable state, trajectories and contact sheets; a sub-folder per part."""
     weights: Path | None = None
-    """Folder the finished weights go to and earlier parts' weights are read from; default: the bundled one."""
+    """Folder the finished weights go to and earlier parts' weights are read from; default: `weights` in the --run folder.
+    To use them, set ACCVIDEO_TINY_WEIGHTS to it."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     trajectories: int = 1024
@@ -62,6 +65,7 @@ class Task(Protocol):
 
     defaults: Defaults
     model: nn.Module  # everything that is trained
+    made_from: dict[str, str]  # what the result depends on besides the arguments: sha256 of earlier parts' files
 
     def prepare(self) -> None: ...  # data that is made once and may take long
 
@@ -74,10 +78,9 @@ class Task(Protocol):
 
 def run(args: TrainArgs) -> int:
     """`accvideo tiny train`: exit code 0 when the weights are written."""
-    from . import weights_folder
     from .tasks import make_task
 
-    folder = args.weights or weights_folder()
+    folder = args.weights or args.run / "weights"
     device = pick_device(args.device)
     task = make_task(args.part, args.seed, folder, args.run / args.part, device, args.trajectories)
     for path in fit(task, args, folder, device):
@@ -88,9 +91,11 @@ def run(args: TrainArgs) -> int:
 def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> list[Path]:
     """Train until `steps`, save the state on the way, and write the averaged weights and a contact sheet at the end."""
     d = task.defaults
-    steps, batch, lr = args.steps or d.steps, args.batch or d.batch, args.lr or d.lr
-    if steps < 1 or batch < 1 or not lr > 0:
-        raise InvalidValueError(f"steps {steps} and batch {batch} must be at least 1, lr {lr} above 0")
+    steps = d.steps if args.steps is None else args.steps
+    batch = d.batch if args.batch is None else args.batch
+    lr = d.lr if args.lr is None else args.lr
+    if steps < 1 or batch < 1 or not 0 < lr < math.inf:
+        raise InvalidValueError(f"steps is {steps}, batch {batch} and lr {lr}; steps and batch must be at least 1, lr above 0")
     state_path = args.run / args.part / "state.pt"
     check_writable(state_path)
     check_writable(weights / "probe")
@@ -99,15 +104,17 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     average = [p.detach().clone() for p in parameters]
     start = 0
+    made_from = {"part": args.part, "seed": args.seed, "batch": batch, "lr": lr, **task.made_from}
     if state_path.exists():
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = load_state(state_path, made_from, device)
         task.model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         average, start = [a.to(device) for a in state["average"]], state["step"]
     task.prepare()
 
     def save(step: int) -> None:
-        state = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step}
+        state: dict[str, Any] = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
+        state |= {"step": step, "made_from": made_from}
         with atomic_path(state_path) as temporary:
             torch.save(state, temporary)
 
@@ -122,16 +129,14 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
             loss = task.loss(step, batch)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm, value = float(nn.utils.clip_grad_norm_(parameters, 1.0)), loss.item()
+        if not (math.isfinite(value) and math.isfinite(norm)):  # before the step, so that no broken state is ever saved
+            where = f"the {args.part} loss became {value}, its gradient {norm}, at step {step}"
+            raise InvalidValueError(f"{where}; start again in another --run with a lower --lr than {lr}")
         optimizer.step()
         with torch.no_grad():
             decay = min(d.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise InvalidValueError(
-                f"the {args.part} loss became {value} at step {step}; start again with a lower --lr than {lr}"
-            )
         smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if time.monotonic() - saved > args.save_every:
@@ -146,25 +151,28 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
     return paths
 
 
+def load_state(path: Path, made_from: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The state of an earlier run; InvalidValueError if it was made from something else, CheckpointError if damaged."""
+    cure = "choose another --run, or delete the file to start afresh"
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        earlier = state["made_from"]
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged or of another version ({type(error).__name__}); {cure}") from error
+    check_made_from(path, earlier, made_from, cure)
+    return state
+
+
+def check_made_from(path: Path, earlier: dict[str, Any], now: dict[str, Any], cure: str) -> None:
+    """InvalidValueError naming every field that differs: going on would mix two runs without a word."""
+    if changed := [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]:
+        fields = ", ".join(f"{name} {earlier.get(name)}, now {now.get(name)}" for name in changed)
+        raise InvalidValueError(f"{str(path)!r} was made from something else ({fields}); {cure}")
+
+
 def learning_rate_share(step: int, steps: int, warmup: int) -> float:
     """Linear warm-up, then a half cosine down to 1 % of the peak."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto") from error
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies it faster than float32 (CUDA, CPUs with AMX), else None."""
-    fast = device.type == "cuda" or (device.type == "cpu" and torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else None

@@ -1,13 +1,16 @@
 """A small convolutional video VAE with HunyuanVideo's proportions: 4 x 8 x 8 compression, 16 channels, causal in time.
 
 Frame 0 is a latent frame of its own, then every four frames make one; latent frame t depends on frames 0..4t only, in
-both directions, so one frame encodes alone. The posterior's variance is fixed (LATENT_NOISE in model space): training
-adds that noise, and batch statistics keep each channel at unit variance, which together bound what a channel can carry.
+both directions, so one frame encodes alone. There is no learned posterior: training keeps each channel at unit variance by
+batch statistics and adds noise to it, which together bound what a channel can carry and make the decoder forgiving.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from einops import rearrange
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle, silu
 
@@ -15,7 +18,13 @@ from ..errors import InvalidValueError
 
 CHANNELS = 16
 LATENT_SCALE = 0.476986  # model space = VAE latent * LATENT_SCALE, as HunyuanVideo's
-LATENT_NOISE = 0.1
+
+
+def to_pixels(frames: Tensor) -> NDArray[np.uint8]:
+    """Decoded frames (B, 3, T, H, W) in [-1, 1] -> (B, T, H, W, 3) uint8."""
+    scaled = (frames.float().clamp(-1, 1) + 1) * 127.5
+    array: NDArray[np.uint8] = rearrange(scaled.round().to(torch.uint8), "b c t h w -> b t h w c").cpu().numpy()
+    return array
 
 
 class Residual(nn.Module):
@@ -92,7 +101,7 @@ class TinyVAE(nn.Module):
             )
         x = torch.cat([frames[:, :, :1].expand(-1, -1, 3, -1, -1), frames], 2)
         n = x.shape[2] // 4
-        x = x.unflatten(2, (n, 4)).permute(0, 2, 3, 1, 4, 5).reshape(b * n, 12, h, w)
+        x = rearrange(x, "b c (n four) h w -> (b n) (four c) h w", four=4)
         x = self.enc_in(pixel_unshuffle(x, 4))
         for block in self.enc_res:
             x = block(x)
@@ -103,7 +112,7 @@ class TinyVAE(nn.Module):
 
     def decode_unit(self, latent: Tensor) -> Tensor:
         """Model-space latent (B, 16, n+1, h, w) -> frames (B, 3, 4n+1, 8h, 8w), not clamped."""
-        b, _, n, h, w = latent.shape
+        b, _, n, _, _ = latent.shape
         x = self.dec_in(latent.transpose(1, 2).flatten(0, 1))
         for block, time in zip(self.dec_mid, self.dec_time, strict=True):
             x = time(block(x), n)
@@ -112,8 +121,7 @@ class TinyVAE(nn.Module):
             x = block(x)
         x = self.dec_last(pixel_shuffle(self.dec_fine(x), 2))
         x = pixel_shuffle(self.dec_out(silu(x)), 2)  # (B*n, 12, 8h, 8w)
-        x = x.reshape(b, n, 4, 3, 8 * h, 8 * w).permute(0, 3, 1, 2, 4, 5).flatten(2, 3)
-        return x[:, :, 3:]
+        return rearrange(x, "(b n) (four c) h w -> b c (n four) h w", b=b, four=4)[:, :, 3:]
 
     def reconstruct(self, frames: Tensor, noise: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
         """For training: (frames from noisy latents, raw latents), with this batch's own channel statistics."""

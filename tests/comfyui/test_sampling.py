@@ -221,7 +221,7 @@ def small_wan(path: Path, width: int = 128) -> None:
     save_file(state, path)
 
 
-def test_a_wan_model_is_sampled_with_its_authors_solver(server: Server) -> None:
+def test_a_wan_model_is_sampled_with_comfyuis_unipc(server: Server) -> None:
     small_wan(server.base / "models" / "diffusion_models" / "wan.safetensors")
     prompt = tiny_prompt(model=["wan", 0], positive=["text", 0], family="wan-t2v-14b", steps=None, shift=None, guidance=None) | {
         "wan": node("UNETLoader", unet_name="wan.safetensors", weight_dtype="default"),

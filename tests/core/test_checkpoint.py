@@ -336,7 +336,8 @@ class TestDamaged:
                 checkpoint.read(last)
 
     def test_the_file_is_closed_after_an_error(self, tmp_path, state):
-        psutil = pytest.importorskip("psutil")
+        import psutil
+
         save_file(state | {"extra": torch.ones(1)}, tmp_path / "f")
         error_of(tmp_path / "f")
         assert str(tmp_path / "f") not in [f.path for f in psutil.Process().open_files()]

@@ -28,7 +28,7 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 # From the ground up; a part imports from floors below its own, never from beside it, and from above never.
 FLOORS = (
     {"__init__", "errors"},
-    {"files"},
+    {"files", "devices"},
     {"schedule", "dit", "media"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
@@ -239,3 +239,14 @@ def test_torch_load_takes_tensors_only(path: Path) -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert given.get("weights_only") == "True", f"line {node.lineno}: a pickle can run code"
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(p for part in ("accvideo_core", "docs", "web") for p in (ROOT / part).rglob("*.md"))]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_document_points_at_files_that_exist_and_is_finished(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    assert not re.findall(r"@[A-Z]{3,}@|TODO|FIXME", text)
+    for target in re.findall(r"\]\(([^)#\s]+)", text):
+        assert target.startswith(("http://", "https://")) or (document.parent / target).exists(), target

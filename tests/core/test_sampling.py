@@ -99,6 +99,11 @@ def test_observers_never_change_the_sample_and_can_end_it():
     assert len(calls) == 3
 
 
+def test_few_step_refuses_a_family_of_another_solver():
+    with pytest.raises(InvalidValueError, match="wan-t2v-14b students are sampled with uni_pc"):
+        few_step(lambda x, s: x, make_noise((1, 2), [0]), PRESETS["wan-t2v-14b"])
+
+
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 1.0, 0.0], [0.5, 0.7], [1.2, 0.0], [1.0, float("nan")]])
 def test_bad_schedules_are_refused(sigmas):
     with pytest.raises(InvalidValueError):

@@ -154,5 +154,9 @@ def test_unknown_words_are_named_and_hopeless_prompts_refused():
     with pytest.raises(PromptError, match="colour: red, green"):
         tokenize("on the road to nowhere")
     assert len(tokenize("")) == 1
-    with pytest.warns(AccVideoWarning, match="longer than"):
-        assert len(tokenize("red ball " * 40)) == MAX_TOKENS
+    with pytest.warns(AccVideoWarning, match="left out: falling"):
+        assert len(tokenize("red ball " * 15 + "moving falling")) == MAX_TOKENS
+    with pytest.warns(AccVideoWarning, match="'2', 'ball3'"):
+        tokenize("2 red ball3")
+    with pytest.warns(AccVideoWarning, match=r"more than one colour \(red, blue\)"):
+        tokenize("a red blue ball")

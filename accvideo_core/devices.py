@@ -1,0 +1,33 @@
+"""Which device to compute on, and what it is good at."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import InvalidValueError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA, else Apple's MPS, else the CPU. InvalidValueError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        probe = torch.zeros(1, device=name)
+        probe.item()  # "meta" has a device but no values
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidValueError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]}); use cpu or auto") from error
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until all queued work is done, so that a clock read afterwards means something; nothing to do on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the hardware multiplies it faster than float32 (CUDA, CPUs with AMX), else None."""
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # not a public name: it may go
+    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and has_amx()) else None
