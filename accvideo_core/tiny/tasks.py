@@ -140,7 +140,7 @@ class TeacherTask:
     """Flow matching: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0. Text encoder and network
     learn together; prompts leave a random part of the attributes open."""
 
-    defaults = Defaults(steps=1500, batch=32, lr=1.5e-3, warmup=100, ema=0.998)
+    defaults = Defaults(steps=3400, batch=32, lr=1.5e-3, warmup=100, ema=0.998)
     shift = 3.0  # of the training sigmas; sampling uses 7
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
@@ -185,7 +185,7 @@ class TeacherTask:
 class StudentTask:
     """The trajectory loss alone: from key point k+1 of a teacher's trajectory, the velocity of the segment to key k."""
 
-    defaults = Defaults(steps=700, batch=32, lr=5e-4, warmup=50, ema=0.998)
+    defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
     chunk = 128  # trajectories captured and stored together
 
     def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:

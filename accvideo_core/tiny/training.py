@@ -31,7 +31,7 @@ class TrainArgs:
     part: tyro.conf.Positional[Part]
     """What to train; the teacher needs a VAE, the student needs a teacher."""
     steps: int | None = None
-    """Optimizer steps in all; default: the part's own, half an hour or so on 2 laptop cores."""
+    """Optimizer steps in all; default: the part's own, as the model card has it."""
     batch: int | None = None
     """Clips a step; default: the part's own."""
     lr: float | None = None
@@ -45,7 +45,7 @@ class TrainArgs:
     To use them, set ACCVIDEO_TINY_WEIGHTS to it."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
-    trajectories: int = 1024
+    trajectories: int = 512
     """Student only: trajectories captured from the teacher to learn from."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
