@@ -146,7 +146,7 @@ class TestStep:
         assert report["step"]["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[dtype]
 
     def test_a_device_that_is_not_there(self, file):
-        with pytest.raises(InvalidValueError, match="try --device cpu"):
+        with pytest.raises(InvalidValueError, match="use cpu or auto"):
             run(InspectArgs(file, step=True, device="nonsense"))
 
 
