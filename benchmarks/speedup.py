@@ -70,15 +70,15 @@ def sample(pipeline: TinyPipeline, batch: int, seed: int) -> Sampled:
     network = pipeline.velocity(conditioning)
 
     def timed(latent: Tensor, sigma: Tensor) -> Tensor:
-        start = pipeline._now()
+        start = pipeline.now()
         out = network(latent, sigma)
-        calls.append(pipeline._now() - start)
+        calls.append(pipeline.now() - start)
         return out
 
-    start = pipeline._now()
+    start = pipeline.now()
     noise = make_noise((batch, *latent_shape(17, 64, 64)), range(seed, seed + batch)).to(pipeline.device)
     euler_flow(timed, noise, PRESET.sigmas(pipeline.default_steps))
-    return Sampled(pipeline._now() - start, sum(calls), len(calls))
+    return Sampled(pipeline.now() - start, sum(calls), len(calls))
 
 
 def components(pipeline: TinyPipeline, repeats: int) -> dict[str, float]:

@@ -88,17 +88,17 @@ class TinyPipeline:
         shape = latent_shape(frames, height, width)
         sigmas = PRESET.sigmas(self.default_steps if steps is None else steps, shift)
         noise = make_noise((len(prompts), *shape), seeds).to(self.device)
-        times = [self._now()]
+        times = [self.now()]
         conditioning = self.condition(prompts)
-        times.append(self._now())
+        times.append(self.now())
         latents = euler_flow(self.velocity(conditioning), noise, sigmas, observers)
-        times.append(self._now())
+        times.append(self.now())
         video = to_pixels(self.vae.decode(latents / LATENT_SCALE))
-        times.append(self._now())
+        times.append(self.now())
         seconds = {name: b - a for name, a, b in zip(("text", "sampling", "vae"), times, times[1:], strict=False)}
         return Generation(video, latents, seconds)
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """The clock, after all queued work on the device is done."""
         synchronize(self.device)
         return time.perf_counter()

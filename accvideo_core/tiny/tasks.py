@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from ..files import atomic_path
 from ..sampling import Step, euler_flow, make_noise
 from ..schedule import PRESETS, key_indices, key_sigmas, shift_sigmas
 from .clips import Scenes, coverage, keyed_generator, paint, sample_scenes
+from .pipeline import TinyPipeline
 from .prompts import open_some, write_prompt
 from .text import TinyTextEncoder
 from .training import Defaults, Part, Task, check_made_from
@@ -100,7 +104,7 @@ class VAETask:
     def sheet(self, path: Path) -> None:
         frames, _, _ = self.batch("sheet", 0, 6)
         output = self.vae.decode(self.vae.encode(frames))
-        write_sheet(path, [("true", frames), ("reconstructed", output)])
+        write_sheet(path, [(label, clip) for label, x in (("true", frames), ("reconstructed", output)) for clip in to_pixels(x)])
 
 
 class LatentPool:
@@ -179,7 +183,7 @@ class TeacherTask:
         return [save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note), text]
 
     def sheet(self, path: Path) -> None:
-        sample_sheet(path, self.network, self.text, self.vae, TEACHER_STEPS)
+        sample_sheet(path, TinyPipeline(self.network, self.text, self.vae, "teacher"), TEACHER_STEPS)
 
 
 class StudentTask:
@@ -196,7 +200,7 @@ class StudentTask:
         self.seed, self.device, self.run, self.count = seed, device, run, count
         self.made_from = {part: file_hash(weights_path(part, weights)) for part in ("vae", "text_encoder", "teacher")}
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
-        self.network, _, _ = load_tiny("teacher", device=device, folder=weights)
+        self.network = copy.deepcopy(self.teacher)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
@@ -266,7 +270,7 @@ class StudentTask:
         return [save_weights(folder / "student.safetensors", self.network, torch.bfloat16, note)]
 
     def sheet(self, path: Path) -> None:
-        sample_sheet(path, self.network, self.text, self.vae, PRESET.steps)
+        sample_sheet(path, TinyPipeline(self.network, self.text, self.vae, "student"), PRESET.steps)
 
 
 SHEET_PROMPTS = (
@@ -279,17 +283,13 @@ SHEET_PROMPTS = (
 )
 
 
-@torch.no_grad()
-def sample_sheet(path: Path, network: HunyuanVideoDiT, text: TinyTextEncoder, vae: TinyVAE, steps: int) -> None:
-    noise = make_noise((len(SHEET_PROMPTS), *LATENT_SHAPE), range(len(SHEET_PROMPTS)))
-    device = next(network.parameters()).device
-    cond = text.condition(SHEET_PROMPTS, torch.full((len(SHEET_PROMPTS),), GUIDANCES[0]))
-    latent = euler_flow(lambda x, s: network(x, s, cond), noise.to(device), PRESET.sigmas(steps))
-    write_sheet(path, list(zip(SHEET_PROMPTS, vae.decode(latent / LATENT_SCALE)[:, None], strict=True)))
+def sample_sheet(path: Path, pipeline: TinyPipeline, steps: int) -> None:
+    made = pipeline.generate(SHEET_PROMPTS, range(len(SHEET_PROMPTS)), steps)
+    write_sheet(path, list(zip(SHEET_PROMPTS, made.frames, strict=True)))
 
 
-def write_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
-    """A PNG with a row of every fourth frame per clip; rows of several clips (B, 3, T, H, W) are laid side by side."""
+def write_sheet(path: Path, rows: list[tuple[str, NDArray[np.uint8]]]) -> None:
+    """A PNG with a row of stills for each label and clip (T, H, W, 3)."""
     from ..media import contact_sheet, write_png
 
-    write_png(path, contact_sheet([(label, clip) for label, frames in rows for clip in to_pixels(frames)]))
+    write_png(path, contact_sheet(rows))

@@ -12,39 +12,23 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from accvideo_core.comfy_client import ComfyClient, Result
-from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
-from accvideo_core.tiny import TinyTextEncoder, TinyVAE, weights_folder, weights_path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ("__init__.py", "pyproject.toml", "nodes", "accvideo_core", "web", "workflows")
 PARTS = ("student", "teacher", "text_encoder", "vae")
 
 
-def tiny_weights(folder: Path) -> Path:
-    """The folder of the bundled weights, or `folder` filled with random ones while there are none."""
-    if all(weights_path(part).is_file() for part in PARTS):
-        return weights_folder()
-    torch.manual_seed(0)
-    modules = {name: HunyuanVideoDiT(DiTConfig.tiny()) for name in ("student", "teacher")}
-    for name, module in (modules | {"text_encoder": TinyTextEncoder(), "vae": TinyVAE()}).items():
-        state = module.state_dict()
-        for key, value in state.items():
-            if key in ("mean", "std"):
-                continue
-            if value.ndim > 1:
-                value.normal_(std=value[0].numel() ** -0.5)
-            elif key.endswith("norm.weight"):
-                value.uniform_(0.8, 1.2)
-            else:
-                value.normal_(std=0.1)
-        save_file(state, folder / f"{name}.safetensors")
-    return folder
+def no_comfyui() -> NoReturn:
+    """Skip, or fail where ACCVIDEO_REQUIRE_COMFYUI=1 says that a ComfyUI must be there."""
+    message = "no ComfyUI: set COMFYUI_PATH, or clone it to ~/comfy/ComfyUI"
+    (pytest.fail if os.environ.get("ACCVIDEO_REQUIRE_COMFYUI") == "1" else pytest.skip)(message)
 
 
 class Server:

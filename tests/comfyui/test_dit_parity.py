@@ -6,7 +6,6 @@ ComfyUI pools text without a mask, so the text is unpadded here; padding is held
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accvideo_core.dit import Conditioning, DiTConfig, layers, model
+from tests.comfyui.server import no_comfyui
 from tests.comfyui.setup_envs import find_checkouts, prepare
 from tests.networks import (
     CONFIGS,
@@ -72,8 +72,7 @@ EXACT = [name for name, (*_, dtype) in CASES.items() if dtype == torch.float32]
 def native(request, tmp_path_factory) -> dict[str, torch.Tensor]:
     """{case: velocity} from one run of the native model in one checkout."""
     if request.param is None:
-        message = "no ComfyUI: set COMFYUI_PATH, or clone it to ~/comfy/ComfyUI"
-        (pytest.fail if os.environ.get("ACCVIDEO_REQUIRE_COMFYUI") == "1" else pytest.skip)(message)
+        no_comfyui()
     python, folder = prepare(request.param), tmp_path_factory.mktemp("parity")
     listed = []
     for i, (_, state, (latent, sigma, c), dtype) in enumerate(CASES.values()):
