@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,16 +31,24 @@ def weights_path(name: str, folder: Path | None = None) -> Path:
     return (folder or weights_folder()) / f"{name}.safetensors"
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a weight file; CheckpointError if it cannot be read."""
+def part_hash(part: str, folder: Path | None = None) -> str:
+    """sha256 of what a network depends on: the file of `teacher` or `text_encoder`, or of `encoder` only those tensors of
+    the VAE's file that make latents, so that a better decoder still fits. CheckpointError if it cannot be read."""
+    path = weights_path("vae" if part == "encoder" else part, folder)
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
+        if part != "encoder":
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with safe_open(path, framework="pt") as file:
+            for name in TinyVAE.encoder:
+                digest.update(file.get_tensor(name).float().numpy().tobytes())
+        return digest.hexdigest()
+    except (OSError, SafetensorError) as error:
         raise _missing(path, error) from error
 
 
 def check_match(which: Which, folder: Path | None = None) -> None:
-    """CheckpointError unless the network was trained on the text encoder and the VAE that lie beside it.
+    """CheckpointError unless the network was trained on the text encoder and the latents of the VAE that lie beside it.
 
     Training writes their sha256 into the network's metadata; a file without it is taken as it is.
     """
@@ -50,10 +58,10 @@ def check_match(which: Which, folder: Path | None = None) -> None:
             made_from = checkpoint.metadata
     except CheckpointError as error:
         raise _missing(path, error) from error
-    for part in ("vae", "text_encoder"):
-        if part in made_from and made_from[part] != file_hash(weights_path(part, folder)):
+    for part, name in (("encoder", "vae"), ("text_encoder", "text_encoder")):
+        if part in made_from and made_from[part] != part_hash(part, folder):
             raise CheckpointError(
-                f"{str(path)!r} was trained with another {part} than {str(weights_path(part, folder))!r}; "
+                f"{str(path)!r} was trained with another {part} than the one in {str(weights_path(name, folder))!r}; "
                 f"reinstall accvideo, or train it again: accvideo tiny train {which}"
             )
 
@@ -111,10 +119,10 @@ __all__ = [
     "TinyTextEncoder",
     "TinyVAE",
     "check_match",
-    "file_hash",
     "load_text_encoder",
     "load_tiny",
     "load_vae",
+    "part_hash",
     "weights_folder",
     "weights_path",
 ]

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d
+from torch.nn.functional import avg_pool2d, cross_entropy, max_pool2d
 from tqdm import tqdm
 
 from ..distill import trajectory_loss
@@ -22,7 +23,7 @@ from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path
 from ..sampling import Step, euler_flow, make_noise
 from ..schedule import PRESETS, key_indices, key_sigmas, shift_sigmas
-from .clips import Scenes, coverage, keyed_generator, paint, sample_scenes
+from .clips import CLASSES, Scenes, coverage, keyed_generator, paint, sample_scenes
 from .pipeline import TinyPipeline
 from .prompts import open_some, write_prompt
 from .text import TinyTextEncoder
@@ -59,10 +60,10 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype, metadata: di
 
 
 class VAETask:
-    """L1 + L2 on frames, pixels at and around the object weighted 10 times, through latent noise of random strength."""
+    """The decoder: L1 + L2 on frames, pixels at and around the object weighted 10 times, through noise of random strength."""
 
-    defaults = Defaults(steps=900, batch=16, lr=2e-3, warmup=50, ema=0.99)
-    noise = 0.4  # the most that is added to latents of unit deviation
+    defaults = Defaults(steps=4000, batch=8, lr=2e-3, warmup=100, ema=0.998)
+    noise = 0.25  # the most that is added to latents of unit deviation
     statistics = 1024  # clips that the channels' mean and deviation are taken over
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -72,8 +73,13 @@ class VAETask:
         self.vae = TinyVAE().to(device)
         self.model: nn.Module = self.vae
 
+    @torch.no_grad()
     def prepare(self) -> None:
-        pass
+        """The channels' statistics, rounded to what the file will hold."""
+        clips = (self.batch("statistics", i, 32)[0] for i in range(-(-self.statistics // 32)))
+        std, mean = torch.std_mean(torch.cat([self.vae.encode_raw(c) for c in clips]), dim=(0, 2, 3, 4))
+        self.vae.mean.copy_(mean.half())
+        self.vae.std.copy_(std.half())
 
     def batch(self, key: str, step: int, count: int) -> tuple[Tensor, Tensor, torch.Generator]:
         generator = keyed_generator(self.seed, key, step)
@@ -86,18 +92,12 @@ class VAETask:
         frames, weight, generator = self.batch("vae", step, batch)
         strength = self.noise * torch.rand(batch, 1, 1, 1, 1, generator=generator)
         noise = strength * torch.randn(batch, *LATENT_SHAPE, generator=generator)
-        output, raw = self.vae.reconstruct(frames, noise.to(self.device))
-        error = (output.float() - frames).abs()
-        # the raw latents' own scale is free (batch statistics divide it out); this keeps it from drifting
-        drift = raw.float().pow(2).mean().log().pow(2)
-        return (weight * (error + 2 * error**2)).mean() + 1e-3 * drift
+        with torch.no_grad():
+            latent = self.vae.encode(frames) * LATENT_SCALE
+        error = (self.vae.decode_unit(latent + noise.to(self.device)).float() - frames).abs()
+        return (weight * (error + 2 * error**2)).mean()
 
-    @torch.no_grad()
     def export(self, folder: Path, steps: int) -> list[Path]:
-        raw = torch.cat([self.vae.encode_raw(self.batch("statistics", i, 32)[0]) for i in range(-(-self.statistics // 32))])
-        std, mean = torch.std_mean(raw.float(), dim=(0, 2, 3, 4))
-        self.vae.std.copy_(std)
-        self.vae.mean.copy_(mean)
         return [save_weights(folder / "vae.safetensors", self.vae, torch.float16, {"steps": str(steps), "seed": str(self.seed)})]
 
     @torch.no_grad()
@@ -127,36 +127,70 @@ class LatentPool:
             chunks.append(latents.half())
         self.latents, self.round = torch.cat(chunks), number
 
-    def draw(self, step: int, count: int, generator: torch.Generator) -> tuple[Tensor, list[dict[str, str]]]:
-        """(count, 16, 5, 8, 8) float32 latents and their attributes."""
+    def draw(self, step: int, count: int, generator: torch.Generator) -> tuple[Tensor, Scenes]:
+        """(count, 16, 5, 8, 8) float32 latents and their scenes."""
         number = step * count // (self.size * self.reuse)
         if number != self.round:
             self.fill(number)
         index = torch.randint(self.size, (count,), generator=generator)
-        return self.latents[index.to(self.device)].float(), [self.scenes.names(int(i)) for i in index]
+        return self.latents[index.to(self.device)].float(), self.scenes.rows(index)
 
 
 def draw_guidance(count: int, generator: torch.Generator) -> Tensor:
     return torch.tensor(GUIDANCES)[torch.randint(2, (count,), generator=generator)]
 
 
+class SceneProbe(nn.Module):
+    """Reads the scene off a block's features, for training only: a representation-alignment loss (REPA, arXiv 2410.06940)
+    whose target is not another network's features but what the clip is known to show."""
+
+    geometry = {"radius": (8.25, 1.0), "speed": (1.8, 0.23), "centre": (32.0, 10.0)}  # mean, deviation
+    covered = 0.03  # variance of a cell's coverage
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.whole = nn.Linear(width, sum(map(len, CLASSES.values())) + 4)
+        self.cells = nn.Linear(width, 4 * 2 * 2)  # frames, rows and columns of cells of a token
+
+    def forward(self, features: Tensor, scenes: Scenes) -> Tensor:
+        """Loss of features (B, N, D), tokens in order of (t, h, w), for B scenes."""
+        x = self.norm(features)
+        guess, start, loss = self.whole(x.mean(1)).float(), 0, x.new_zeros((), dtype=torch.float32)
+        for kind, classes in CLASSES.items():
+            logits, start = guess[:, start : start + len(classes)], start + len(classes)
+            loss = loss + cross_entropy(logits, getattr(scenes, kind).to(x.device)) / len(CLASSES)
+        known = [(getattr(scenes, k).view(len(scenes), -1) - mean) / std for k, (mean, std) in self.geometry.items()]
+        loss = loss + (guess[:, start:] - torch.cat(known, 1).to(x.device)).pow(2).mean()
+        return loss + (self.cells(x).float() - cell_coverage(scenes).to(x.device)).pow(2).mean() / self.covered
+
+
+def cell_coverage(scenes: Scenes) -> Tensor:
+    """(B, N, 16): for every token, in order of (t, h, w), the share the object covers of its 2 x 2 cells in 4 frames."""
+    cover = avg_pool2d(coverage(scenes), 8)
+    cover = torch.cat([cover[:, :1].expand(-1, 3, -1, -1), cover], 1)
+    return rearrange(cover, "b (n f) (h p) (w q) -> b (n h w) (f p q)", f=4, p=2, q=2)
+
+
 class TeacherTask:
     """Flow matching: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0. Text encoder and network
     learn together; prompts leave a random part of the attributes open."""
 
-    defaults = Defaults(steps=3400, batch=32, lr=1.5e-3, warmup=100, ema=0.998)
-    shift = 3.0  # of the training sigmas; sampling uses 7
+    defaults = Defaults(steps=6000, batch=32, lr=1.5e-3, warmup=100, ema=0.999)
+    shift = 5.0  # of the training sigmas; sampling uses 7
+    probed, probe_weight = "single_blocks.1", 0.1
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
-        from . import file_hash, load_vae, weights_path
+        from . import load_vae, part_hash
 
         self.seed, self.device = seed, device
         self.vae = load_vae(weights).to(device)
-        self.made_from = {"vae": file_hash(weights_path("vae", weights))}
+        self.made_from = {"encoder": part_hash("encoder", weights)}
         torch.manual_seed(seed)
         self.network = HunyuanVideoDiT(DiTConfig.tiny()).init_weights(seed).to(device)
         self.text = TinyTextEncoder().to(device)
-        self.model: nn.Module = nn.ModuleDict({"network": self.network, "text": self.text})
+        self.probe = SceneProbe(self.network.config.hidden_size).to(device)
+        self.model: nn.Module = nn.ModuleDict({"network": self.network, "text": self.text, "probe": self.probe})
         self.pool = LatentPool(self.vae, seed, device)
 
     def prepare(self) -> None:
@@ -164,22 +198,24 @@ class TeacherTask:
 
     def loss(self, step: int, batch: int) -> Tensor:
         generator = keyed_generator(self.seed, "teacher", step)
-        clean, names = self.pool.draw(step, batch, generator)
-        said = [open_some(n, generator) for n in names]
+        clean, scenes = self.pool.draw(step, batch, generator)
+        said = [open_some(scenes.names(i), generator) for i in range(batch)]
         prompts = [write_prompt(s, generator) if s else "" for s in said]
         u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
         sigma = shift_sigmas(u, self.shift).to(self.device)
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
         cond = self.text.condition(prompts, draw_guidance(batch, generator))
-        return (self.network(noisy, sigma, cond).float() - (noise - clean)).pow(2).mean()
+        velocity, features = self.network(noisy, sigma, cond, (self.probed,))
+        flow = (velocity.float() - (noise - clean)).pow(2).mean()
+        return flow + self.probe_weight * self.probe(features[self.probed], scenes)
 
     def export(self, folder: Path, steps: int) -> list[Path]:
-        from . import file_hash
+        from . import part_hash
 
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", **self.made_from}
         text = save_weights(folder / "text_encoder.safetensors", self.text, torch.float16, note)
-        note["text_encoder"] = file_hash(text)
+        note["text_encoder"] = part_hash("text_encoder", folder)
         return [save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note), text]
 
     def sheet(self, path: Path) -> None:
@@ -193,12 +229,12 @@ class StudentTask:
     chunk = 128  # trajectories captured and stored together
 
     def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
-        from . import file_hash, load_tiny, weights_path
+        from . import load_tiny, part_hash
 
         if count < 1:
             raise InvalidValueError(f"trajectories is {count}; it must be at least 1")
         self.seed, self.device, self.run, self.count = seed, device, run, count
-        self.made_from = {part: file_hash(weights_path(part, weights)) for part in ("vae", "text_encoder", "teacher")}
+        self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "teacher")}
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         self.network = copy.deepcopy(self.teacher)
         self.network.requires_grad_(True).train()

@@ -23,7 +23,7 @@ from accvideo_core.studies import compare, evaluation
 from accvideo_core.tiny import LATENT_SCALE, clips, generate, load_tiny, oracle, tasks, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.text import TinyTextEncoder
-from accvideo_core.tiny.vae import TinyVAE
+from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
 
 EXAM = Path(os.environ.get("ACCVIDEO_EXAM") or Path(__file__).parents[3] / "shared" / "exam")
 PROMPT = "a red ball moving left on a black background"
@@ -66,6 +66,23 @@ def test_vae_is_causal_both_ways(vae):
     torch.testing.assert_close(vae.decode_unit(latent[:, :, :3]), decoded[:, :, :9], rtol=0, atol=1e-5)
 
 
+def test_encoder_filters_are_derivatives():
+    """On a picture that grows by one a pixel, only plain windows and their x derivative answer; the same for y and t."""
+    filters = gaussian_derivatives()
+    torch.testing.assert_close(filters.flatten(1).norm(dim=1), torch.ones(16), rtol=1e-3, atol=0)
+    place = torch.arange(16.0) - 7.5
+    ramps = {"x": place.expand(12, 16, 16), "y": place[:, None].expand(12, 16, 16)}
+    ramps["t"] = torch.arange(4.0).sub(1.5).repeat_interleave(3)[:, None, None].expand(12, 16, 16)
+    for axis, brightness, blue, green in (("x", 1, 10, 14), ("y", 2, 11, 15), ("t", 3, 12, None)):
+        answer = torch.einsum("kcyx,cyx->k", filters, ramps[axis])
+        assert abs(float(answer[brightness])) > 1  # grey ramps: the colour contrasts see nothing
+        answer[brightness] = 0
+        assert float(answer.abs().max()) < 1e-2
+        tinted = ramps[axis] * torch.tensor([-1.0, 0.0, 1.0]).repeat(4)[:, None, None]
+        assert abs(float((filters[blue] * tinted).sum())) > 1
+        assert green is None or abs(float((filters[green] * ramps[axis] * torch.tensor([-1.0, 2.0, -1.0]).repeat(4)[:, None, None]).sum())) > 1
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 5, 30, 32), (1, 4, 5, 32, 32), (3, 5, 32, 32)])
 def test_vae_names_frames_it_cannot_encode(vae, shape):
     with pytest.raises(InvalidValueError, match=r"4n\+1|\(B, 3, T, H, W\)"):
@@ -87,6 +104,37 @@ def test_padding_a_prompt_changes_nothing():
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
+
+
+def test_probe_targets_lie_where_the_tokens_are():
+    """The coverage of a token's cells, against the frames cut up by hand."""
+    scenes = clips.sample_scenes(2, clips.keyed_generator("probe"))
+    cells = tasks.cell_coverage(scenes)
+    cover = clips.coverage(scenes)
+    assert cells.shape == (2, 5 * 4 * 4, 16)
+    for t, h, w, f, p, q in ((0, 1, 2, 0, 0, 1), (1, 0, 3, 0, 1, 0), (3, 2, 1, 2, 0, 0), (4, 3, 3, 3, 1, 1)):
+        frame = max(0, 4 * t - 3 + f)
+        row, column = 16 * h + 8 * p, 16 * w + 8 * q
+        expected = cover[:, frame, row : row + 8, column : column + 8].mean((1, 2))
+        torch.testing.assert_close(cells[:, 16 * t + 4 * h + w, 4 * f + 2 * p + q], expected)
+
+
+def test_probe_learns_the_scene_from_features_that_hold_it():
+    """From features that are the coverage itself, place and motion can be read: its loss falls well below chance."""
+    torch.manual_seed(0)
+    probe = tasks.SceneProbe(32)
+    optimizer = torch.optim.Adam(probe.parameters(), lr=1e-2)
+    scenes = clips.sample_scenes(64, clips.keyed_generator("probe"))
+    cells = tasks.cell_coverage(scenes)
+    features = torch.cat([cells, torch.randn(64, 80, 16, generator=clips.keyed_generator("rest"))], -1)
+    losses = []
+    for _ in range(60):
+        loss = probe(features, scenes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
 
 
 def train(part, folder, steps, stop_at=None, **kw):
@@ -156,8 +204,10 @@ def test_models_that_were_not_made_for_each_other_are_refused(tmp_path):
     load_tiny("student", folder=tmp_path)
     state = load_file(tmp_path / "vae.safetensors")
     save_file(state | {"mean": state["mean"] + 1}, tmp_path / "vae.safetensors")
-    with pytest.raises(CheckpointError, match="was trained with another vae"):
+    with pytest.raises(CheckpointError, match="was trained with another encoder than"):
         load_tiny("student", folder=tmp_path)
+    save_file(state | {"dec_out.bias": state["dec_out.bias"] + 1}, tmp_path / "vae.safetensors")
+    load_tiny("student", folder=tmp_path)  # another decoder of the same latents is no fault
     with pytest.raises(CheckpointError, match="reinstall accvideo"):
         load_tiny("teacher", folder=tmp_path)
 
