@@ -27,7 +27,7 @@ from .clips import CLASSES, Scenes, coverage, keyed_generator, paint, sample_sce
 from .pipeline import TinyPipeline
 from .prompts import open_some, write_prompt
 from .text import TinyTextEncoder
-from .training import Defaults, Part, Task, check_made_from
+from .training import Defaults, Part, Share, Task, check_made_from
 from .vae import CHANNELS, LATENT_SCALE, TinyVAE, to_pixels
 
 PRESET = PRESETS["tiny"]
@@ -74,7 +74,7 @@ class VAETask:
         self.model: nn.Module = self.vae
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self, share: Share) -> None:
         """The channels' statistics, rounded to what the file will hold."""
         clips = (self.batch("statistics", i, 32)[0] for i in range(-(-self.statistics // 32)))
         std, mean = torch.std_mean(torch.cat([self.vae.encode_raw(c) for c in clips]), dim=(0, 2, 3, 4))
@@ -88,10 +88,11 @@ class VAETask:
         near = max_pool2d((cover > 0.01).float(), 7, stride=1, padding=3)
         return to_network(paint(scenes, cover), self.device), (1 + 9 * near)[:, None].to(self.device), generator
 
-    def loss(self, step: int, batch: int) -> Tensor:
+    def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         frames, weight, generator = self.batch("vae", step, batch)
         strength = self.noise * torch.rand(batch, 1, 1, 1, 1, generator=generator)
         noise = strength * torch.randn(batch, *LATENT_SHAPE, generator=generator)
+        frames, weight, noise = frames[rows], weight[rows], noise[rows]
         with torch.no_grad():
             latent = self.vae.encode(frames) * LATENT_SCALE
         error = (self.vae.decode_unit(latent + noise.to(self.device)).float() - frames).abs()
@@ -144,7 +145,7 @@ class SceneProbe(nn.Module):
     """Reads the scene off a block's features, for training only: a representation-alignment loss (REPA, arXiv 2410.06940)
     whose target is not another network's features but what the clip is known to show."""
 
-    geometry = {"radius": (8.25, 1.0), "speed": (1.8, 0.23), "centre": (32.0, 10.0)}  # mean, deviation
+    geometry = (("radius", 8.25, 1.0), ("speed", 1.8, 0.23), ("centre", 32.0, 10.0))  # mean and deviation
     covered = 0.03  # variance of a cell's coverage
 
     def __init__(self, width: int) -> None:
@@ -160,7 +161,7 @@ class SceneProbe(nn.Module):
         for kind, classes in CLASSES.items():
             logits, start = guess[:, start : start + len(classes)], start + len(classes)
             loss = loss + cross_entropy(logits, getattr(scenes, kind).to(x.device)) / len(CLASSES)
-        known = [(getattr(scenes, k).view(len(scenes), -1) - mean) / std for k, (mean, std) in self.geometry.items()]
+        known = [(getattr(scenes, k).view(len(scenes), -1) - mean) / std for k, mean, std in self.geometry]
         loss = loss + (guess[:, start:] - torch.cat(known, 1).to(x.device)).pow(2).mean()
         return loss + (self.cells(x).float() - cell_coverage(scenes).to(x.device)).pow(2).mean() / self.covered
 
@@ -193,10 +194,10 @@ class TeacherTask:
         self.model: nn.Module = nn.ModuleDict({"network": self.network, "text": self.text, "probe": self.probe})
         self.pool = LatentPool(self.vae, seed, device)
 
-    def prepare(self) -> None:
+    def prepare(self, share: Share) -> None:
         pass
 
-    def loss(self, step: int, batch: int) -> Tensor:
+    def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         generator = keyed_generator(self.seed, "teacher", step)
         clean, scenes = self.pool.draw(step, batch, generator)
         said = [open_some(scenes.names(i), generator) for i in range(batch)]
@@ -204,8 +205,10 @@ class TeacherTask:
         u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
         sigma = shift_sigmas(u, self.shift).to(self.device)
         noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        guidance = draw_guidance(batch, generator)
+        clean, noise, sigma, scenes = clean[rows], noise[rows], sigma[rows], scenes.rows(rows)
         noisy = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        cond = self.text.condition(prompts, draw_guidance(batch, generator))
+        cond = self.text.condition(prompts[rows], guidance[rows])
         velocity, features = self.network(noisy, sigma, cond, (self.probed,))
         flow = (velocity.float() - (noise - clean)).pow(2).mean()
         return flow + self.probe_weight * self.probe(features[self.probed], scenes)
@@ -243,10 +246,14 @@ class StudentTask:
         self.keys: Tensor
         self.prompts: list[str]
 
-    def prepare(self) -> None:
+    def prepare(self, share: Share) -> None:
         """Capture the trajectories, in chunks that are kept, so that an interrupted capture goes on."""
+        starts = range(0, self.count, self.chunk)
+        for start in tqdm(starts[share.rank :: share.size], desc="trajectories", mininterval=5, disable=share.rank > 0):
+            self.chunk_of_trajectories(start, min(self.chunk, self.count - start))
+        share.wait()
         keys, self.prompts = [], []
-        for start in tqdm(range(0, self.count, self.chunk), desc="trajectories", mininterval=5):
+        for start in starts:
             captured, prompts = self.chunk_of_trajectories(start, min(self.chunk, self.count - start))
             keys.append(captured)
             self.prompts += prompts
@@ -290,15 +297,17 @@ class StudentTask:
         euler_flow(lambda x, s: self.teacher(x, s, cond), noise, PRESET.sigmas(n), [keep])
         return torch.stack(kept, 1)
 
-    def loss(self, step: int, batch: int) -> Tensor:
+    def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         generator = keyed_generator(self.seed, "student", step)
         index = torch.randint(len(self.keys), (batch,), generator=generator)
         position = torch.randperm(batch, generator=generator) % (len(self.sigmas) - 1)  # every segment equally often
+        guidance = draw_guidance(batch, generator)[rows]
+        index, position = index[rows], position[rows]
         noisier = self.keys[index, position].float().to(self.device)
         cleaner = self.keys[index, position + 1].float().to(self.device)
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         with torch.no_grad():
-            cond = self.text.condition([self.prompts[int(i)] for i in index], draw_guidance(batch, generator))
+            cond = self.text.condition([self.prompts[int(i)] for i in index], guidance)
         return trajectory_loss(self.network(noisier, sigma, cond).float(), noisier, cleaner, sigma, sigma_next)
 
     def export(self, folder: Path, steps: int) -> list[Path]:

@@ -24,6 +24,7 @@ from accvideo_core.tiny import LATENT_SCALE, clips, generate, load_tiny, oracle,
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
+from tests.tiny_training import train, train_all
 
 EXAM = Path(os.environ.get("ACCVIDEO_EXAM") or Path(__file__).parents[3] / "shared" / "exam")
 PROMPT = "a red ball moving left on a black background"
@@ -73,14 +74,16 @@ def test_encoder_filters_are_derivatives():
     place = torch.arange(16.0) - 7.5
     ramps = {"x": place.expand(12, 16, 16), "y": place[:, None].expand(12, 16, 16)}
     ramps["t"] = torch.arange(4.0).sub(1.5).repeat_interleave(3)[:, None, None].expand(12, 16, 16)
-    for axis, brightness, blue, green in (("x", 1, 10, 14), ("y", 2, 11, 15), ("t", 3, 12, None)):
-        answer = torch.einsum("kcyx,cyx->k", filters, ramps[axis])
-        assert abs(float(answer[brightness])) > 1  # grey ramps: the colour contrasts see nothing
-        answer[brightness] = 0
-        assert float(answer.abs().max()) < 1e-2
-        tinted = ramps[axis] * torch.tensor([-1.0, 0.0, 1.0]).repeat(4)[:, None, None]
-        assert abs(float((filters[blue] * tinted).sum())) > 1
-        assert green is None or abs(float((filters[green] * ramps[axis] * torch.tensor([-1.0, 2.0, -1.0]).repeat(4)[:, None, None]).sum())) > 1
+    grey, blue_red, green_rest = (
+        torch.tensor(c).repeat(4)[:, None, None] for c in ([1.0] * 3, [-1.0, 0.0, 1.0], [-1.0, 2.0, -1.0])
+    )
+    answers = {("x", 1): grey, ("y", 2): grey, ("t", 3): grey, ("x", 10): blue_red, ("y", 11): blue_red, ("t", 12): blue_red}
+    answers |= {("x", 14): green_rest, ("y", 15): green_rest}
+    for (axis, channel), colour in answers.items():
+        answer = torch.einsum("kcyx,cyx->k", filters, ramps[axis] * colour)
+        assert abs(float(answer[channel])) > 1
+        answer[channel] = 0
+        assert float(answer.abs().max()) < 1e-2  # no other order, axis or colour sees it
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 4, 32, 32), (1, 3, 5, 30, 32), (1, 4, 5, 32, 32), (3, 5, 32, 32)])
@@ -137,29 +140,6 @@ def test_probe_learns_the_scene_from_features_that_hold_it():
     assert losses[-1] < 0.6 * losses[0]
 
 
-def train(part, folder, steps, stop_at=None, **kw):
-    kw = {"batch": 2, "run": folder / "run", "weights": folder, "device": "cpu"} | kw
-    args = training.TrainArgs(part, steps=steps, **kw)
-    device = torch.device("cpu")
-    task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories)
-    if part == "vae":
-        task.statistics = 32
-    if part == "teacher":
-        task.pool.size, task.pool.reuse = 4, 1  # a new pool every other step
-    if part == "student":
-        task.chunk = 2
-    if stop_at is not None:
-        real = task.loss
-
-        def loss(step, batch):
-            if step == stop_at:
-                raise KeyboardInterrupt
-            return real(step, batch)
-
-        task.loss = loss
-    return training.fit(task, args, args.weights, device)
-
-
 def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, monkeypatch):
     """A run stopped after 2 of 3 steps and resumed writes the weights of an unbroken run, bit for bit."""
     monkeypatch.setattr(tasks, "TEACHER_STEPS", 5)
@@ -177,6 +157,22 @@ def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, monkeypat
 
     with pytest.raises(InvalidValueError, match="made from something else.*teacher"):  # trajectories of another teacher
         train("student", broken, 3, weights=other_weights(whole, tmp_path / "other"), trajectories=4)
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """torchrun with two processes, each with half of every batch, writes the weights of one process, up to rounding."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(Path(__file__).parents[1] / "tiny_training.py"), str(shared)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    train_all(alone)
+    for name in ("vae", "text_encoder", "teacher", "student"):
+        left, right = (load_file(folder / f"{name}.safetensors") for folder in (alone, shared))
+        for key in left:
+            torch.testing.assert_close(left[key].float(), right[key].float(), rtol=0.02, atol=1e-4)
+    with pytest.raises(InvalidValueError, match="batch of 3 does not divide among 2 processes"):
+        training.Share(0, 2).rows(3)
 
 
 def other_weights(folder, copy):

@@ -1,0 +1,46 @@
+"""Trainings of the tiny models small enough for a test, in this process or, run as a script, under torchrun."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from accvideo_core.tiny import tasks, training
+
+
+def train(part, folder, steps, stop_at=None, **kw):
+    kw = {"batch": 2, "run": folder / "run", "weights": folder, "device": "cpu"} | kw
+    args = training.TrainArgs(part, steps=steps, **kw)
+    device = torch.device("cpu")
+    task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories)
+    if part == "vae":
+        task.statistics = 32
+    if part == "teacher":
+        task.pool.size, task.pool.reuse = 4, 1  # a new pool every other step
+    if part == "student":
+        task.chunk = 2
+    if stop_at is not None:
+        real = task.loss
+
+        def loss(step, *rest):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return real(step, *rest)
+
+        task.loss = loss
+    return training.fit(task, args, args.weights, device)
+
+
+def train_all(folder):
+    """Each part in turn, two steps, from a five-step teacher."""
+    real, tasks.TEACHER_STEPS = tasks.TEACHER_STEPS, 5
+    try:
+        for part in ("vae", "teacher", "student"):
+            train(part, folder, 2, trajectories=4)
+    finally:
+        tasks.TEACHER_STEPS = real
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train_all(Path(sys.argv[1]))
