@@ -1,12 +1,15 @@
 """AccVideo's ComfyUI nodes, a module per capability. The table here is what the pack registers."""
 
 from .loaders import AccVideoStudentLoader, AccVideoTinyModels
+from .lora import AccVideoLoraApply, AccVideoLoraStack
 from .sampling import AccVideoSampler, AccVideoSigmas
 
 # Node classes by id and display name. Written out, because asking the schemas would list every model folder at start.
 NODES = {
     "AccVideoStudentLoader": (AccVideoStudentLoader, "AccVideo Student Loader"),
     "AccVideoTinyModels": (AccVideoTinyModels, "AccVideo Tiny Models"),
+    "AccVideoLoraStack": (AccVideoLoraStack, "AccVideo LoRA Stack"),
+    "AccVideoLoraApply": (AccVideoLoraApply, "AccVideo LoRA Apply"),
     "AccVideoSampler": (AccVideoSampler, "AccVideo Sampler"),
     "AccVideoSigmas": (AccVideoSigmas, "AccVideo Sigmas"),
 }

@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.taesd.taesd
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import latent_preview
 import node_helpers
 import torch
 from tqdm.auto import tqdm
 
-from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError
+from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError, LoraError
 from ..accvideo_core.sampling import Step, euler_flow
 
 log = logging.getLogger("accvideo")
@@ -121,6 +122,95 @@ def _text_width(network: torch.nn.Module) -> int | None:
         except AttributeError:
             continue
     return None
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def lora_files() -> list[str]:
+    """Names, as ComfyUI lists them, of the files in its `loras` folders."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> Path:
+    """Where a file of `lora_files()` lies; LoraError when there is none of that name."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths("loras"))
+        raise LoraError(f"no file {name!r} in ComfyUI's loras folders; put it into one of {folders} and refresh")
+    return Path(path)
+
+
+def tensor_shapes(model: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a MODEL's network, as this version of ComfyUI names its tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in model.model.diffusion_model.state_dict().items()}
+
+
+class _ComputedDifference(comfy.weight_adapter.WeightAdapterBase):
+    """A patch whose difference is computed by `accvideo_core.lora` from the weight it meets: LoHa, LoKr, DoRA.
+
+    ComfyUI's own adapters know these forms, but not all of their spellings, and take another norm for DoRA.
+    """
+
+    name = "accvideo"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+        # (function, tensors): ComfyUI copies an adapter by these two arguments, moving the tensors it finds in `weights`.
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_weight(
+        self,
+        weight: torch.Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
+        compute, tensors = self.weights
+        weight += function((strength * compute(weight, tensors)).to(weight.device, weight.dtype))
+        return weight
+
+
+def low_rank_patch(up: torch.Tensor, down: torch.Tensor, scale: float) -> Any:
+    """ComfyUI's own patch for weight + strength * scale * up @ down; up (out, rank), down (rank, in)."""
+    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, scale * len(down), None, None, None))
+
+
+def difference_patch(value: torch.Tensor) -> Any:
+    """ComfyUI's own patch for weight + strength * value."""
+    return ("diff", (value,))
+
+
+def computed_patch(compute: Callable[[torch.Tensor, tuple], torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> Any:
+    """A patch for weight + strength * compute(weight, tensors)."""
+    return _ComputedDifference(set(), (compute, tensors))
+
+
+Patch = tuple[str, tuple[int, int] | None, Any, float]
+"""(name as in `tensor_shapes`, (start, length) of its rows or None for all, patch, strength)."""
+
+
+def with_patches(model: comfy.model_patcher.ModelPatcher, patches: Iterable[Patch]) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a MODEL with patches on its weights, in their order; ComfyUI applies, offloads and removes them.
+
+    Raises InvalidValueError for a name that the network does not have, which ComfyUI would pass over.
+    """
+    clone = model.clone()
+    rounds: list[tuple[float, dict[Any, Any]]] = []  # ComfyUI takes a strength and a dict, so a key only once at a time
+    for name, rows, patch, strength in patches:
+        key = f"diffusion_model.{name}" if rows is None else (f"diffusion_model.{name}", (0, *rows))
+        if not rounds or rounds[-1][0] != strength or key in rounds[-1][1]:
+            rounds.append((strength, {}))
+        rounds[-1][1][key] = patch
+    for strength, keys in rounds:
+        if missing := set(keys) - set(clone.add_patches(keys, strength)):
+            raise InvalidValueError(
+                f"this model has no {', '.join(sorted(map(str, missing)))[:300]}; connect the model they are of"
+            )
+    return clone
 
 
 # ---- CLIP and VAE of the tiny world ---------------------------------------------------------------------------------
