@@ -32,6 +32,8 @@ COMMANDS = {
     "compare": Command("studies.compare", "CompareArgs", "teacher and student side by side: video, contact sheet, times"),
     "evaluate": Command("studies.evaluation", "EvaluateArgs", "how often a model shows what its prompts ask for"),
     "inspect": Command("checkpoint.inspect", "InspectArgs", "what a weight file is, and whether it is whole and sound"),
+    "merge-lora": Command("lora.merge", "MergeArgs", "a checkpoint with LoRAs merged into it"),
+    "extract-lora": Command("lora.extract", "ExtractArgs", "the difference of two checkpoints as a LoRA"),
     "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, teacher, student"),
 }
 

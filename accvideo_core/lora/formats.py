@@ -28,7 +28,7 @@ from .names import (
     HUNYUAN_VIDEO,
     ORIGINAL_NAMES,
     WAN,
-    family_of_names,
+    dialect_of,
     find,
     find_parameter,
     has_no_parameters,
@@ -124,12 +124,13 @@ class Lora:
                 raise LoraError(f"{roles[split[1]]} and {key} say the same thing twice; the file holds two LoRAs, remove one")
             else:
                 roles[split[1]] = key
-        family = family_of_names(grouped)
-        if family is None:
+        dialect = dialect_of(grouped)
+        if dialect is None:
             raise LoraError(
                 f"no key ({some(self._file.tensors)}) names a module of HunyuanVideo or Wan; it is of another model or no LoRA"
             )
-        self.family: str = family
+        self._dialect = dialect
+        self.family: str = dialect.family
         self._alphas = _read_alphas(self.metadata, self.path)
         parts: dict[str, list[LoraPart]] = {}
         signs: Counter[tuple[str, str, str]] = Counter()
@@ -155,12 +156,12 @@ class Lora:
         """Sort one stored module into `parts`; gives its keys back that are not understood."""
         tensors = {role: StoredTensor(self._file, key) for role, key in roles.items()}
         left = dict(roles)
-        if "diff_m" in left and (parameter := find_parameter(name, self.family)):
-            value = tensors["diff_m"]
-            parts.setdefault(parameter, []).append(LoraPart(left.pop("diff_m"), DIFFERENCE, {"value": value}))
-        found = find(name, self.family)
+        if (parameter := find_parameter(name, self._dialect)) is not None:
+            for given in [role for role in ("diff_m", "diff") if role in left]:
+                parts.setdefault(parameter, []).append(LoraPart(left.pop(given), DIFFERENCE, {"value": tensors[given]}))
+        found = find(name, self._dialect)
         if found is None:
-            if has_no_parameters(name, self.family):
+            if has_no_parameters(name, self._dialect):
                 for role in [
                     role for role in left if role in ("diff", "diff_b") and not bool(tensors[role].read().float().any())
                 ]:
