@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from accvideo_core.checkpoint.layouts import COMFYUI_NATIVE, DIFFUSERS, DIFFUSERS_SWAPPED, split_name
+from accvideo_core.checkpoint.layouts import COMFYUI_NATIVE, HUNYUAN_DIFFUSERS, ORIGINAL
 
 Change = Callable[[Tensor], Tensor]
 RANK = 4
@@ -70,6 +70,18 @@ class LoraFile:
                     difference = torch.cat(difference.chunk(2)[::-1])
                 out[name][module.start : module.start + module.length] += factor * difference
         return out
+
+    def score(self, base: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(how many modules of this file have changed something in `got`, how many have changed it as they should)."""
+        want = self.merged(base)
+        changed: dict[str, list[bool]] = {}
+        exact: dict[str, list[bool]] = {}
+        for name, changes in self.changes.items():
+            for module, _ in changes:
+                before, after, should = (module.rows(state[name].double()) for state in (base, got, want))
+                changed.setdefault(module.name, []).append(not torch.equal(before, after))
+                exact.setdefault(module.name, []).append(bool((after - should).norm() <= 1e-3 * (should - before).norm()))
+        return sum(map(all, changed.values())), sum(map(all, exact.values()))
 
     def _add(self, module: Module, leaf: str, change: Change) -> None:
         tensor = f"{module.original}.{leaf}"
@@ -147,12 +159,12 @@ A_B = _low_rank("lora_B.weight", "lora_A.weight")
 class Format:
     """How a tool writes a LoRA.
 
-    naming       "original", "native" (ComfyUI's) or "diffusers"
+    naming       "original", "native" (ComfyUI's, of HunyuanVideo) or "diffusers"
     key          what a module's key begins with; `{}` is its name, `{_}` its name with underscores for dots
     form         the tensors of one module
     alpha        "none", "tensor" (beside each module) or "metadata" (diffusers' adapter metadata, one for all)
     trained      what of the original names the tool trains by default, for the table in the docs
-    differences  also write what is no matrix: .diff of norms and the patch embedding, .diff_b of biases
+    differences  also write what is no matrix: .diff of norms and the patch embedding, .diff_b of biases, .diff_m of modulations
     """
 
     naming: str
@@ -181,11 +193,18 @@ FORMATS: dict[str, Format] = {
     "kohya LoHa": Format("original", "lora_unet_{_}", _loha, "tensor", _KOHYA_DEFAULT),
     "kohya LoKr": Format("original", "lora_unet_{_}", _lokr, "tensor", _KOHYA_DEFAULT),
 }
+WAN_FORMATS: dict[str, Format] = {
+    "diffusion-pipe": Format("original", "diffusion_model.{}", A_B, trained=r"blocks\."),
+    "musubi / kohya": Format("original", "lora_unet_{_}", UP_DOWN, "tensor", r"blocks\."),
+    "kohya, two underscores": Format("original", "lora_unet__{_}", UP_DOWN, "tensor", r"blocks\."),
+    "ComfyUI / KJ extraction": Format("original", "diffusion_model.{}", UP_DOWN, "none", ".", True),
+    "diffusers": Format("diffusers", "transformer.{}", A_B, "metadata", r"blocks\."),
+}
 
 
 def write(name: str, state: Mapping[str, Tensor], seed: int = 0, trained: str = ".") -> LoraFile:
     """A LoRA of `name`d format for the network `state` (original names), on every matrix whose original name `trained` finds."""
-    row = FORMATS[name]
+    row = (WAN_FORMATS if "head.head.weight" in state else FORMATS)[name]
     generator = torch.Generator().manual_seed(seed)
     file = LoraFile()
     alpha = None if row.alpha == "none" else ALPHA
@@ -216,27 +235,50 @@ def _add_differences(file: LoraFile, row: Format, state: Mapping[str, Tensor], g
             value = SIZE * 0.3 * torch.randn(tensor.shape, generator=generator) * (tensor.std() if tensor.ndim > 1 else 1)
             file.tensors[f"{row.key.replace('{}', module.name)}.{key}"] = value
             file._add(module, leaf, lambda weight, value=value: value.double())
+    for name in (name for name in state if name.endswith("modulation")):  # Wan's, parameters of no layer
+        value = 0.1 * torch.randn(state[name].shape, generator=generator)
+        stem = name.removesuffix(".modulation")
+        file.tensors[f"{row.key.replace('{}', stem)}.diff_m"] = value
+        file._add(Module(stem, stem, 0, 1, False, state[name]), "modulation", lambda weight, value=value: value.double())
 
 
 def modules(state: Mapping[str, Tensor], naming: str) -> Iterator[Module]:
     """Every module of the network that has a weight, as `naming` has it."""
+    if "head.head.weight" in state:
+        yield from _wan_modules(state, naming)
+        return
     width = state["img_in.proj.weight"].shape[0]
-    native = {original.replace("{s}", s): foreign.replace("{s}", s) for foreign, original in COMFYUI_NATIVE.modules for s in ("img", "txt")}
-    diffusers = dict(DIFFUSERS)
+    layout = {"original": ORIGINAL, "native": COMFYUI_NATIVE, "diffusers": HUNYUAN_DIFFUSERS}[naming]
     for name, weight in state.items():
-        stem, number, leaf = split_name(name)
-        if leaf != "weight":
+        if not name.endswith(".weight"):
             continue
-        original = name.removesuffix(".weight")
-        if naming != "diffusers":
-            foreign = stem if naming == "original" else native[stem]
-            yield Module(foreign.replace("{}", number), original, 0, len(weight), False, weight)
-            continue
-        names = diffusers[stem]
+        names = [stored.rpartition(".")[0] for stored in layout.stored(name)]
         sizes = [width] * (len(names) - 1)
         start = 0
         for foreign, size in zip(names, [*sizes, len(weight) - sum(sizes)], strict=True):
-            swapped = stem in DIFFUSERS_SWAPPED
-            part = Module(foreign.replace("{}", number), original, start, size, swapped, weight)
-            yield Module(part.name, original, start, size, swapped, part.rows(weight))
+            part = Module(foreign, name.removesuffix(".weight"), start, size, layout.is_swapped(name), weight)
+            yield replace(part, weight=part.rows(weight))
             start += size
+
+
+def from_native(native: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a ComfyUI network's state dict holds, under the original names of `state`."""
+    if "head.head.weight" in state:
+        return {name: native[name] for name in state}
+    found = {f"{m.original}.{leaf}": m.name for m in modules(state, "native") for leaf in ("weight", "bias")}
+    names = {name: f"{found[name]}.{name.rpartition('.')[2]}" for name in state}
+    # Older ComfyUI calls a qk-norm's weight `scale`.
+    return {name: native[n] if n in native else native[n.replace(".weight", ".scale")] for name, n in names.items()}
+
+
+def _wan_modules(state: Mapping[str, Tensor], naming: str) -> Iterator[Module]:
+    """Wan's released names, or diffusers' through its own conversion."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    names = {name: name for name in state}
+    if naming == "diffusers":
+        # It renames a dict; the values tell which name became which.
+        names = {old: new for new, old in convert_wan_transformer_to_diffusers({name: name for name in state}).items()}
+    for name, weight in state.items():
+        if name.endswith(".weight"):
+            yield Module(names[name].removesuffix(".weight"), name.removesuffix(".weight"), 0, len(weight), False, weight)

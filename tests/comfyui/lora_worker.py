@@ -2,18 +2,33 @@
 
 `python lora_worker.py CHECKOUT FOLDER` reads FOLDER/jobs.json, a list of {weights, inputs, output, loras, loader}: `loras` is
 a list of {file, strength, blocks}, `loader` "native" (ComfyUI's own LoRA loader) or "ours" (the pack's nodes). Each output
-holds the network's velocity, its weights as patched (`weight.<native name>`), and in its metadata ours' report.
+holds the network's weights as patched (`weight.<native name>`), the velocity it gives on `inputs` (none: only the weights),
+and in its metadata the report of ours.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_jobs(checkout: Path, python: Path, folder: Path, jobs: list[dict[str, Any]]) -> str:
+    """Do `jobs` in one process of a checkout's own Python, and return what it said. Called from outside of ComfyUI."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [str(python), __file__, str(checkout), str(folder)]
+    done = subprocess.run(
+        command, cwd=checkout, capture_output=True, text=True, env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    )
+    if done.returncode:
+        raise RuntimeError(f"ComfyUI in {checkout} failed:\n{done.stderr[-4000:]}")
+    return done.stdout + done.stderr
 
 
 def pack() -> Any:
@@ -57,19 +72,19 @@ def main() -> None:
 
     for job in json.loads((folder / "jobs.json").read_text()):
         state = load_file(folder / job["weights"])
-        dtype = getattr(torch, job.get("dtype", "float32"))
-        model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+        model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": torch.float32})
         if model is None:
             raise SystemExit(f"ComfyUI does not recognise {job['weights']}")
         with torch.inference_mode():
             model, report = apply(model, job)
             comfy.model_management.load_models_gpu([model])
             network = model.model.diffusion_model
-            inputs = load_file(folder / job["inputs"])
-            options = {"y": inputs["pooled"], "guidance": inputs["guidance"]} if "pooled" in inputs else {}
-            velocity = network(inputs["latent"], (inputs["sigma"] * 1000).float(), context=inputs["text"], **options)
             out = {f"weight.{name}": tensor.float().contiguous().clone() for name, tensor in network.state_dict().items()}
-            out["velocity"] = velocity.float().contiguous().clone()
+            if job["inputs"]:
+                inputs = load_file(folder / job["inputs"])
+                options = {"y": inputs["pooled"], "guidance": inputs["guidance"]} if "pooled" in inputs else {}
+                velocity = network(inputs["latent"], (inputs["sigma"] * 1000).float(), context=inputs["text"], **options)
+                out["velocity"] = velocity.float().contiguous().clone()
         save_file(out, folder / job["output"], {"report": report})
         comfy.model_management.unload_all_models()
 
