@@ -24,6 +24,7 @@ import torch
 from ..checkpoint import SafetensorsFile
 from ..errors import LoraError
 
+MAGNITUDES = ("magnitude", "row_magnitude")
 LOW_RANK, LOHA, LOKR, DIFFERENCE, REPLACEMENT = "low-rank", "loha", "lokr", "difference", "replacement"
 
 
@@ -73,7 +74,7 @@ class LoraPart:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) it changes; a vector of n values is (n, 1). LoraError for factors that do not fit each other."""
-        shapes = {role: tensor.shape for role, tensor in self.tensors.items() if role != "magnitude"}
+        shapes = {role: tensor.shape for role, tensor in self.tensors.items() if role not in MAGNITUDES}
         try:
             if self.form == LOW_RANK:
                 (out, rank), (inner, columns) = _matrix(shapes["up"]), _matrix(shapes["down"])
@@ -129,19 +130,27 @@ class LoraPart:
     @property
     def needs_weight(self) -> bool:
         """Whether the difference depends on the weight it is applied to."""
-        return self.form == REPLACEMENT or "magnitude" in self.tensors
+        return self.form == REPLACEMENT or self.has_magnitude
 
-    def magnitude(self) -> torch.Tensor | None:
-        """DoRA's magnitudes in fp32: (out, 1) for one per row, (1, columns) for one per input, None without DoRA."""
-        if "magnitude" not in self.tensors:
-            return None
-        stored, (out, columns) = self.tensors["magnitude"], self.shape
-        # A vector, as PEFT stores it, is one per row; LyCORIS and OneTrainer store (out, 1, ..) or (1, in, ..).
-        by_row = stored.shape[:1] == (out,) and prod(stored.shape) == out
-        if not by_row and stored.shape[:2] != (1, columns):
-            raise LoraError(f"{self.source}: {stored.key} {list(stored.shape)} fits no weight of {out} rows; the file is damaged")
-        value = stored.read().float()
-        return self._in_order(value.reshape(out, 1)) if by_row else value.reshape(1, columns)
+    @property
+    def has_magnitude(self) -> bool:
+        """Whether it is a DoRA."""
+        return any(role in self.tensors for role in MAGNITUDES)
+
+    def _magnitude(self) -> tuple[torch.Tensor, bool]:
+        """DoRA's magnitudes in fp32, flat, and whether they are one per row (else one per input channel)."""
+        name = next(role for role in MAGNITUDES if role in self.tensors)
+        stored, (out, columns) = self.tensors[name], self.shape
+        count = prod(stored.shape)
+        # PEFT stores one per row in whatever shape; LyCORIS and OneTrainer (out, 1, ..) or (1, in channels, ..).
+        by_row = count == out and (name == "row_magnitude" or stored.shape[:1] == (out,))
+        channels = self.tensors["down"].shape[1] if self.form == LOW_RANK else count
+        if not by_row and (stored.shape[:2] != (1, count) or count != channels or columns % max(count, 1)):
+            raise LoraError(
+                f"{stored.key} {list(stored.shape)} fits no weight of {out} rows and {columns} columns; the file is damaged"
+            )
+        value = stored.read().float().flatten()
+        return (self._in_order(value) if by_row else value), by_row
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(A (rank, columns), B (rows, rank)) of a low-rank pair, the swap undone, without the scale. Stored dtype; fp32
@@ -167,18 +176,18 @@ class LoraPart:
         weight = weight.to(dtype).reshape(self.shape)
         if self.form == REPLACEMENT:
             return product - weight
-        magnitude = self.magnitude()
-        assert magnitude is not None
+        magnitude, by_row = self._magnitude()
         composed = weight + product
-        dim = 1 if magnitude.shape[1] == 1 else 0
-        norm = composed.norm(dim=dim, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-        return composed * (magnitude.to(dtype) / norm) - weight
+        # (1, rows, all its values) or (rows, channels, values of a channel): the norm is over everything but the middle.
+        grouped = composed[None] if by_row else composed.view(len(composed), len(magnitude), -1)
+        norm = grouped.norm(dim=(0, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        return (grouped * (magnitude.to(dtype)[:, None] / norm)).reshape(self.shape) - weight
 
     def _product(self, dtype: torch.dtype) -> torch.Tensor:
         if self.form == LOW_RANK:
             down, up = self.low_rank()
             return (up.to(dtype) @ down.to(dtype)).mul_(self.scale)
-        read = {role: tensor.read().to(dtype) for role, tensor in self.tensors.items() if role != "magnitude"}
+        read = {role: tensor.read().to(dtype) for role, tensor in self.tensors.items() if role not in MAGNITUDES}
         if self.form == LOHA:
             product = _hada(read, 1).mul_(_hada(read, 2)).mul_(self.scale)
         elif self.form == LOKR:

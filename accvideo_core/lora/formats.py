@@ -42,7 +42,8 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     (r"\.lora_A(?:\.[\w-]+)??(?:\.weight)?", "down"),
     (r"\.lora_B(?:\.[\w-]+)??\.bias", "up_bias"),
     (r"\.lora_B(?:\.[\w-]+)??(?:\.weight)?", "up"),
-    (r"\.(?:dora_scale|lora_magnitude_vector(?:\.[\w-]+)??(?:\.weight)?)", "magnitude"),
+    (r"\.dora_scale", "magnitude"),
+    (r"\.lora_magnitude_vector(?:\.[\w-]+)??(?:\.weight)?", "row_magnitude"),
     (r"\.alpha", "alpha"),
     *((rf"\.hada_{x}", f"hada_{x}") for x in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
     *((rf"\.lokr_{x}", f"lokr_{x}") for x in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
@@ -79,7 +80,7 @@ _REQUIRED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     LOKR: tuple((*a, *b) for a in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")) for b in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))),
 }
 _OPTIONAL: Mapping[str, frozenset[str]] = {
-    LOW_RANK: frozenset({"mid", "magnitude", "alpha", "up_bias"}),
+    LOW_RANK: frozenset({"mid", "magnitude", "row_magnitude", "alpha", "up_bias"}),
     LOHA: frozenset({"hada_t1", "hada_t2", "magnitude", "alpha"}),
     LOKR: frozenset({"lokr_t2", "magnitude", "alpha"}),
 }
@@ -379,7 +380,7 @@ def describe(path: str | Path) -> dict[str, Any]:
             "format": lora.format,
             "family": lora.family,
             "tensors_changed": len(lora.modules),
-            "forms": dict(Counter(part.form + (" with DoRA" if "magnitude" in part.tensors else "") for part in parts)),
+            "forms": dict(Counter(part.form + (" with DoRA" if part.has_magnitude else "") for part in parts)),
             "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
             "scales": {str(scale): count for scale, count in sorted(scales.items())},
             "dtypes": dict(dtypes),
