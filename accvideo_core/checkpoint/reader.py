@@ -23,7 +23,7 @@ from .pytorch_file import PytorchFile
 from .quantised import FLOAT8, Scaled, Scales, is_scaled_without_scales
 from .recognition import recognise
 from .safetensors_file import TensorInfo, write_safetensors
-from .shards import Container
+from .shards import Container, Shards
 
 
 class Checkpoint:
@@ -50,7 +50,8 @@ class Checkpoint:
             self._open(strict)
         except CheckpointError as error:
             self._file.close()
-            raise CheckpointError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from error
+            message = f"{path}: {error}" if str(path) not in str(error) else str(error)
+            raise CheckpointError(message + shard_hint(path)) from error
         except BaseException:
             self._file.close()
             raise
@@ -85,7 +86,7 @@ class Checkpoint:
         if strict and self.differences:
             raise CheckpointError(
                 f"the tensors do not fit the network: {self.differences}; the file is damaged or of another model, "
-                f"download it again or choose another{shard_hint(self.path)}"
+                f"download it again or choose another"
             )
 
     def _recognise(self, names: list[str]) -> tuple[Layout, str, dict[str, Place | None]]:
@@ -206,6 +207,13 @@ class Checkpoint:
         return compute_dtype(self.dtypes)
 
     @property
+    def nbytes_on_disk(self) -> int:
+        """Size of the file; of several files, that of the network's tensors."""
+        if self.path.is_file() and not isinstance(self._file, Shards):
+            return self.path.stat().st_size
+        return sum(self.nbytes(key) for key in self._parts)
+
+    @property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(torch.Size(self.shape(key)).numel() for key in self._parts)
@@ -267,14 +275,17 @@ def open_checkpoint(path: str | Path, strict: bool = True, weights: str | None =
     return Checkpoint(Path(path), strict, weights)
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> HunyuanVideoDiT:
+def load_student(
+    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, weights: str | None = None
+) -> HunyuanVideoDiT:
     """The network with the weights of `path`, tensor by tensor, so memory peaks at the network and one tensor.
 
-    dtype  what it computes in; None takes the stored dtype: the widest where several are mixed, bfloat16 for plain fp8
-           casts (which it holds exactly) and for quantised weights
+    dtype    what it computes in; None takes the stored dtype: the widest where several are mixed, bfloat16 for plain fp8
+             casts (which it holds exactly) and for quantised weights
+    weights  as for `open_checkpoint`
     Raises CheckpointError as `open_checkpoint` does, and for Wan, which runs in ComfyUI alone.
     """
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, weights=weights) as checkpoint:
         if not isinstance(checkpoint.config, DiTConfig):
             raise CheckpointError(
                 f"{path} is a Wan model ({checkpoint.family}), which runs in ComfyUI alone; load it with AccVideo Student Loader"

@@ -79,7 +79,7 @@ def _read_index(index: Path) -> dict[str, str]:
         reason = "no weight_map" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
         raise CheckpointError(f"{index} is no index of shards ({reason}); name the weights or their folder") from error
     for file in files.values():
-        if Path(file).name != file or file in (".", "..") or "\\" in file:
+        if not file or Path(file).name != file or file in (".", "..") or "\\" in file:
             raise CheckpointError(f"{index} names the file {file!r}, which does not lie beside it; the index is damaged")
     return dict(files)
 
