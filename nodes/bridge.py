@@ -7,15 +7,17 @@ cfg, hooks, noise masks, previews, progress and interrupts are ComfyUI's own and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -141,6 +143,40 @@ def lora_path(name: str) -> Path:
     return Path(path)
 
 
+def model_output(kind: str, name: str) -> tuple[Path, str]:
+    """(file to write, its name in ComfyUI's list) for a `name` a user chose, in ComfyUI's folder of that kind (loras, ...).
+
+    The ending .safetensors is added. Raises InvalidValueError for a name that leads out of the folder or is none.
+    """
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    folder = next((folder for folder in folders if folder.name == kind), folders[0])
+    parts = [part.strip() for part in name.replace("\\", "/").split("/")]
+    path = folder.joinpath(*parts)
+    if any(part in ("", ".", "..") or set(part) & set(':*?"<>|\0') for part in parts):
+        raise InvalidValueError(f"{name!r} is no name for a file in {folder}; write one like my_file or subfolder/my_file")
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise InvalidValueError(f"{name!r} leads out of {folder}; write a name inside it")
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    return path, str(path.relative_to(folder))
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (bytes done, bytes in all) that moves the node's bar and the console's, and raises ComfyUI's own
+    exception when the user has pressed cancel."""
+    bar = comfy.utils.ProgressBar(1)
+    with tqdm(desc=what, unit="B", unit_scale=True) as console:
+
+        def report(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+            console.total = total
+            console.update(done - console.n)
+
+        yield report
+
+
 def tensor_shapes(model: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a MODEL's network, as this version of ComfyUI names its tensors."""
     return {name: tuple(tensor.shape) for name, tensor in model.model.diffusion_model.state_dict().items()}
@@ -199,18 +235,41 @@ def with_patches(model: comfy.model_patcher.ModelPatcher, patches: Iterable[Patc
     Raises InvalidValueError for a name that the network does not have, which ComfyUI would pass over.
     """
     clone = model.clone()
+    passed_over = _parameters_beside_modules(model.model.diffusion_model)
     rounds: list[tuple[float, dict[Any, Any]]] = []  # ComfyUI takes a strength and a dict, so a key only once at a time
     for name, rows, patch, strength in patches:
-        key = f"diffusion_model.{name}" if rows is None else (f"diffusion_model.{name}", (0, *rows))
-        if not rounds or rounds[-1][0] != strength or key in rounds[-1][1]:
+        key = f"diffusion_model.{name}"
+        if name in passed_over:
+            _replace_parameter(clone, key, (strength, patch, 1.0, None if rows is None else (0, *rows), None))
+            continue
+        place = key if rows is None else (key, (0, *rows))
+        if not rounds or rounds[-1][0] != strength or place in rounds[-1][1]:
             rounds.append((strength, {}))
-        rounds[-1][1][key] = patch
-    for strength, keys in rounds:
-        if missing := set(keys) - set(clone.add_patches(keys, strength)):
+        rounds[-1][1][place] = patch
+    for strength, places in rounds:
+        if missing := set(places) - set(clone.add_patches(places, strength)):
             raise InvalidValueError(
                 f"this model has no {', '.join(sorted(map(str, missing)))[:300]}; connect the model they are of"
             )
     return clone
+
+
+def _parameters_beside_modules(network: torch.nn.Module) -> set[str]:
+    """Parameters of modules that have modules with parameters inside (Wan's modulations): ComfyUI patches no such weight."""
+    found = set()
+    for name, module in network.named_modules():
+        own = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+        if own and len(own) < sum(1 for _ in module.parameters()):
+            found.update(own)
+    return found
+
+
+def _replace_parameter(clone: comfy.model_patcher.ModelPatcher, key: str, patch: tuple[Any, ...]) -> None:
+    """Put the patched value in place of a parameter for as long as this MODEL is loaded: an object patch."""
+    old = clone.get_model_object(key)
+    with torch.inference_mode(False):
+        value = comfy.lora.calculate_weight([patch], old.detach().to(torch.float32, copy=True), key).to(old.dtype)
+        clone.add_object_patch(key, torch.nn.Parameter(value, requires_grad=False))
 
 
 # ---- CLIP and VAE of the tiny world ---------------------------------------------------------------------------------

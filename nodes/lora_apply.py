@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..accvideo_core.checkpoint.layouts import some
-from ..accvideo_core.errors import LoraError
-from ..accvideo_core.lora import Blocks, Lora, LoraModule, LoraPart, read_lora
+from ..accvideo_core.errors import InvalidValueError, LoraError
+from ..accvideo_core.lora import Lora, LoraModule, LoraPart, LoraUse, read_lora
 from ..accvideo_core.lora.adapters import DIFFERENCE, LOW_RANK
 from ..accvideo_core.lora.names import comfyui_name
 from . import bridge
@@ -27,12 +26,10 @@ KINDS = {"hunyuan-video": "HunyuanVideo", "wan": "WAN"}  # family of a LoRA: how
 
 @dataclass(frozen=True)
 class StackedLora:
-    """One LoRA of a stack: its name in ComfyUI's list, its file, strength, and the blocks it applies to."""
+    """One LoRA of a stack: its name in ComfyUI's list, and the use to make of it."""
 
     name: str
-    path: Path
-    strength: float
-    blocks: Blocks
+    use: LoraUse
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
     opened: list[Lora] = []
     try:
         for entry in stack:
-            lora = read_lora(entry.path, allow_unmatched)
+            lora = read_lora(entry.use.path, allow_unmatched)
             opened.append(lora)
             if not bridge.model_kind(model).startswith(KINDS[lora.family]):
                 raise LoraError(f"{entry.name} is a LoRA for {lora.family}, but the model is a {bridge.model_kind(model)}")
@@ -141,7 +138,7 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
                 except LoraError as error:
                     misfits[tensor] = str(error)
                     continue
-                factor = entry.strength * entry.blocks.factor(tensor)
+                factor = entry.use.factor(tensor)
                 (applied if factor else elsewhere)[tensor] = module
                 if factor:
                     native[tensor] = name, shapes[name]
@@ -152,9 +149,11 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
                     f"{entry.name}: {len(misfits)} of {len(lora.modules)} tensors do not fit this model ({named}); choose a LoRA "
                     "of this model, or allow unmatched keys to leave them out"
                 )
-            if not applied and entry.strength:
+            if places := entry.use.blocks.unused(shapes):
+                raise InvalidValueError(f"blocks {entry.use.blocks.text!r}: this model has nothing at {', '.join(places)}")
+            if not applied and entry.use.strength:
                 raise LoraError(
-                    f"{entry.name} changes nothing of this model within blocks {entry.blocks.text!r}; widen the blocks"
+                    f"{entry.name} changes nothing of this model within blocks {entry.use.blocks.text!r}; widen the blocks"
                 )
             reports.append(_report(entry, lora, applied, elsewhere, misfits))
         patched = bridge.with_patches(model, make_patches(tensors, native))
@@ -183,11 +182,11 @@ def _report(
     held_back = [source for source in _sources(elsewhere.values()) if source not in set(done)]
     unfit = [source for source in _sources(lora.modules[tensor] for tensor in misfits) if source not in set(done)]
     total = len(_sources(lora.modules.values()))
-    where = "" if entry.blocks.text == "all" else f" on blocks {entry.blocks.text}"
-    lines = [f"{entry.name} ({lora.format}): {len(done)} of {total} modules applied, strength {entry.strength:g}{where}"]
+    where = "" if entry.use.blocks.text == "all" else f" on blocks {entry.use.blocks.text}"
+    lines = [f"{entry.name} ({lora.format}): {len(done)} of {total} modules applied, strength {entry.use.strength:g}{where}"]
     if held_back:
         lines.append(f"  left out by strength 0 or blocks: {len(held_back)} modules ({some(held_back)})")
-    if places := entry.blocks.unused(lora.modules):
+    if places := entry.use.blocks.unused(lora.modules):
         lines.append(f"  NOT APPLIED: it has no module in {', '.join(places)}")
     if unfit:
         lines.append(f"  NOT APPLIED: {len(unfit)} modules that do not fit this model ({some(unfit)})")
