@@ -144,35 +144,46 @@ class _Extraction:
         """One difference (fp32, used up) of a tensor whose base has that norm."""
         size = missing = float(difference.double().norm())
         rank = None
-        if self._only_pairs and difference.ndim != 2 and not key.endswith(".bias"):
-            self.left_out.append(key)
-            if not self._lossy:
-                raise LoraError(
-                    f"the {self._format} format has no place for the difference of {key}, which is no matrix; choose another "
-                    "format, or allow it to be left out"
-                )
-        else:
+        if self._has_place(key):
             self.changes[key], missing = self._change(key, difference)
             rank = len(pair[0]) if (pair := self.changes[key].pair) else None
-        if self._only_pairs and key.endswith(".bias"):
-            # PEFT has a bias only beside a pair: one of zeros, until the weight turns out to have changed.
-            weight = key.removesuffix("bias") + "weight"
-            rows, columns = self._shapes[weight]
-            zeros = torch.zeros(1, columns, dtype=self._dtype), torch.zeros(rows, 1, dtype=self._dtype)
-            self.changes.setdefault(weight, Change(weight, pair=zeros))
+            if self._only_pairs and key.endswith(".bias"):
+                # PEFT has a bias only beside a pair: one of zeros, until the weight turns out to have changed.
+                weight = key.removesuffix("bias") + "weight"
+                rows, *inputs = self._shapes[weight]
+                zeros = (
+                    torch.zeros(1, *inputs, dtype=self._dtype),
+                    torch.zeros(rows, 1, *[1] * len(inputs[1:]), dtype=self._dtype),
+                )
+                self.changes.setdefault(weight, Change(weight, pair=zeros))
+        elif self._lossy:
+            self.left_out.append(key)
+        else:
+            raise LoraError(
+                f"the {self._format} format has no place for the difference of {key}, which is no layer with a matrix; choose "
+                "another format, or allow it to be left out"
+            )
         self.results.append(ModuleResult(key, rank, size / norm if norm else math.inf, missing / size))
         self._missed, self._whole = self._missed + missing**2, self._whole + size**2
 
+    def _has_place(self, key: str) -> bool:
+        """Whether the format can hold a difference: one of pairs alone holds layers with a matrix, and their biases."""
+        module, _, leaf = key.rpartition(".")
+        weight = self._shapes.get(f"{module}.weight", ())
+        return not self._only_pairs or (leaf in ("weight", "bias") and len(weight) >= 2)
+
     def _change(self, key: str, difference: torch.Tensor) -> tuple[Change, float]:
         """How one difference is written, and the norm of what that misses, with the values as they are stored."""
-        rows, columns = (difference.shape[0], difference.shape[1]) if difference.ndim == 2 else (0, 0)
+        rows, columns = len(difference), difference[0].numel()
         # A pair larger than the matrix would be worse than the matrix in every way.
-        smaller = min(self._rank, rows, columns) * (rows + columns) < rows * columns
-        if difference.ndim == 2 and (self._only_pairs or smaller):
-            factors = factor(difference, self._rank, self._energy)
+        smaller = difference.ndim == 2 and min(self._rank, rows, columns) * (rows + columns) < rows * columns
+        if smaller or (self._only_pairs and key.endswith(".weight")):
+            factors = factor(difference.reshape(rows, columns), self._rank, self._energy)
             down, up = self._stored(key, factors.down), self._stored(key, factors.up)
-            missing = difference.sub_(up.float() @ down.float()).double().norm()
-            return Change(key, pair=(down, up)), float(missing)
+            missing = (difference.reshape(rows, columns) - up.float() @ down.float()).double().norm()
+            shape = difference.shape  # a convolution's pair is a convolution and one of 1 x 1
+            pair = down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *[1] * (len(shape) - 2))
+            return Change(key, pair=pair), float(missing)
         stored = self._stored(key, difference)
         return Change(key, difference=stored), float((difference - stored.float()).double().norm())
 

@@ -151,9 +151,8 @@ def template_of(name: str) -> tuple[str, str]:
 
 
 def comfyui_name(module: str, family: str) -> str:
-    """ComfyUI's native name of an original module."""
-    layout = COMFYUI_NATIVE if family == HUNYUAN_VIDEO else WAN_ORIGINAL
-    return layout.stored(f"{module}.weight")[0].rpartition(".")[0]
+    """ComfyUI's native name of an original module; Wan's are its own."""
+    return module if family == WAN else COMFYUI_NATIVE.stored(f"{module}.weight")[0].rpartition(".")[0]
 
 
 def diffusers_names(module: str, family: str) -> tuple[tuple[str, ...], bool]:
