@@ -3,7 +3,7 @@
 from .config import Differences, NetworkConfig, expected_shapes, infer_config
 from .layouts import PREFIXES, Layout, Place
 from .quantised import FLOAT8, Scaled, quantise_fp8
-from .reader import Checkpoint, load_student, open_checkpoint, save_original
+from .reader import Checkpoint, holds_lora, load_student, open_checkpoint, save_original
 from .recognition import LAYOUTS
 from .safetensors_file import SafetensorsFile, stream_safetensors, write_safetensors
 from .wan import WanConfig
@@ -21,6 +21,7 @@ __all__ = [
     "Scaled",
     "WanConfig",
     "expected_shapes",
+    "holds_lora",
     "infer_config",
     "load_student",
     "open_checkpoint",

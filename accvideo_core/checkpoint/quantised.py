@@ -19,8 +19,9 @@ from .layouts import some
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-_MARKER = "scaled_fp8"
-_METADATA = "_quantization_metadata"
+MARKER = "scaled_fp8"
+"""The tensor that marks a file of ComfyUI's older form; of 2 values: multiply in full precision."""
+QUANTISATION_METADATA = "_quantization_metadata"
 # leaf -> what it is, and the form it belongs to
 _COMPANIONS = {
     "scale_weight": ("scale", "comfyui scaled fp8"),
@@ -57,7 +58,7 @@ class Scales:
         self.form = ""
         known = dict.fromkeys(names)
         self.orphans: list[str] = []
-        markers = [name for name in known if name == _MARKER or name.endswith("." + _MARKER)]
+        markers = [name for name in known if name == MARKER or name.endswith("." + MARKER)]
         companions = [name for name in known if name.rpartition(".")[2] in _COMPANIONS and name.rpartition(".")[0]]
         for name in companions:
             module, _, leaf = name.rpartition(".")
@@ -76,9 +77,9 @@ class Scales:
         for weight, found in self._companions.items():
             if "settings" in found:
                 self._set(weight, bytes(read(found["settings"]).flatten().to(torch.uint8).tolist()))
-        if _METADATA in metadata:
+        if QUANTISATION_METADATA in metadata:
             self.form = "comfyui quantised fp8"
-            self._set_all(metadata[_METADATA])
+            self._set_all(metadata[QUANTISATION_METADATA])
 
     def _set(self, weight: str, text: bytes) -> None:
         try:
@@ -97,7 +98,7 @@ class Scales:
             layers = json.loads(text)["layers"]
             items = list(layers.items())
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"the file's {_METADATA} is damaged: {text[:80]!r}") from error
+            raise CheckpointError(f"the file's {QUANTISATION_METADATA} is damaged: {text[:80]!r}") from error
         for module, settings in items:
             self._set(f"{module}.weight", json.dumps(settings).encode())
 
@@ -170,6 +171,16 @@ def quantise_fp8(values: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn)
     if scale == 0:  # the largest value is so small that float32 has no such scale
         scale = torch.tensor(torch.finfo(torch.float32).tiny)
     return (values / scale).clamp_(-limit, limit).to(dtype), scale
+
+
+def scale_name(weight: str) -> str:
+    """The name of a weight's scale in ComfyUI's older form."""
+    return weight.removesuffix("weight") + "scale_weight"
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite, of any dtype."""
+    return bool(torch.isfinite(values.to(torch.bfloat16) if values.dtype in FLOAT8 else values).all())
 
 
 def is_scaled_without_scales(values: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from .containers import companion_map, open_container, shard_hint
 from .layouts import Layout, Place, some
 from .pytorch_file import PytorchFile
 from .quantised import FLOAT8, Scaled, Scales, is_scaled_without_scales
-from .recognition import recognise
+from .recognition import is_lora, recognise
 from .safetensors_file import TensorInfo, write_safetensors
 from .shards import Container, Shards
 
@@ -273,6 +273,15 @@ def open_checkpoint(path: str | Path, strict: bool = True, weights: str | None =
     Raises CheckpointError for what is missing, damaged, ambiguous, of another model, or in a layout that cannot be read.
     """
     return Checkpoint(Path(path), strict, weights)
+
+
+def holds_lora(path: str | Path) -> bool:
+    """Whether the tensors of a file are named as a LoRA's. CheckpointError if it cannot be opened."""
+    file = open_container(Path(path))
+    try:
+        return is_lora(file.tensors)
+    finally:
+        file.close()
 
 
 def load_student(

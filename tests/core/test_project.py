@@ -35,7 +35,7 @@ FLOORS = (
     {"distill"},
     {"tiny"},
     {"studies"},
-    {"comfy_client", "cli"},
+    {"comfy_client", "cli", "inspect"},
     {"__main__"},
 )
 FLOOR_OF = {part: height for height, parts in enumerate(FLOORS) for part in parts}
