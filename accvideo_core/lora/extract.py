@@ -23,10 +23,11 @@ from tqdm import tqdm
 from ..checkpoint import Checkpoint, open_checkpoint, write_safetensors
 from ..checkpoint.layouts import some
 from ..errors import InvalidValueError, LoraError
+from ..files import check_output
 from .blocks import Blocks, parse_blocks
 from .factor import factor
 from .names import HUNYUAN_VIDEO, WAN
-from .streaming import ahead, check_output, check_space
+from .streaming import ahead
 from .writing import KEY_FORMATS, Change
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -109,7 +110,7 @@ def extract_lora(
         raise LoraError(f"{tuned} and {base} are equal{' in these blocks' if blocks else ''}; there is nothing to extract")
     tensors, metadata = KEY_FORMATS[key_format].write({key: work.changes[key] for key in order}, family)
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
-    check_space(out, size)
+    check_output(out, [tuned, base], overwrite, size)
     settings = {"tuned": tuned.name, "base": base.name, "rank": rank, "energy": energy, "residual": work.residual}
     write_safetensors(out, tensors, {"format": "pt", "accvideo_extract": json_module.dumps(settings), **metadata})
     unchanged = len(keys) - len(work.results)

@@ -1,8 +1,8 @@
 """A checkpoint with LoRAs merged into it, written tensor by tensor.
 
-For every tensor W the merged one is W + sum over LoRAs of strength * difference(W), summed in fp32 and rounded once. One thread
-reads ahead, one adds, one writes, so the disk sets the pace; a weight is widened to fp32 in tiles that fit the cache, because
-multiplying in bf16 would round fp16 and fp32 factors wrongly. Memory is that of a few tensors, not of the model.
+For every tensor W the merged one is W + sum over LoRAs of strength * difference(W), summed in fp32 (`arithmetic.py`) and rounded
+once to what it is stored as (`storage.py`). One thread reads ahead, one adds, one writes, so the disk sets the pace; memory is
+that of a few tensors, not of the model.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,20 +25,19 @@ from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layouts import some
+from ..checkpoint.quantised import QUANTISATION_METADATA
 from ..checkpoint.safetensors_file import stream_safetensors
 from ..errors import InvalidValueError, LoraError
+from ..files import check_output
 from .adapters import LoraModule
 from .blocks import Blocks, parse_blocks
 from .formats import Lora, read_lora
 from .names import HUNYUAN_VIDEO, WAN
-from .streaming import ahead, check_output, check_space, sha256_of
+from .storage import DTYPES, Storage, Target
+from .streaming import ahead, sha256_of
 
-DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RECORD = "accvideo_merge"
 """The metadata key under which a merged file says what it was made of, as JSON."""
-
-TILE_ROWS = 256
-"""Rows of a weight that are in fp32 at one time: 256 x 12288 values are 12 MB."""
 
 _USE = re.compile(
     r"(?P<path>.+?)(?::(?P<strength>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)?(?::(?P<blocks>[^:]*))?)?", re.DOTALL
@@ -91,7 +91,7 @@ def merge_lora(
     loras: Sequence[LoraUse | str | Path],
     out: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Storage | torch.dtype | None = None,
     overwrite: bool = False,
     allow_unmatched: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -99,7 +99,7 @@ def merge_lora(
     """Write `base` with `loras` merged into it to `out`, under original names as safetensors; all or nothing.
 
     loras            files, each with strength and blocks; several add up, each from the base's own weights
-    dtype            of every tensor; None keeps each tensor's
+    dtype            what is stored (`storage.DTYPES` has them by name); None keeps each tensor's dtype or quantisation
     overwrite        replace an `out` that exists
     allow_unmatched  leave out what a LoRA holds for modules that the base lacks or nobody knows (named in the report)
     progress         called with (bytes read, bytes in all); an exception it raises ends the merge and leaves nothing behind
@@ -110,62 +110,29 @@ def merge_lora(
     uses = [use if isinstance(use, LoraUse) else LoraUse(Path(use)) for use in loras]
     if not uses:
         raise InvalidValueError("there is no LoRA to merge; name at least one")
-    check_output(out, [base, *(use.path for use in uses)], overwrite)
+    check_output(out, inputs := [base, *(use.path for use in uses)], overwrite)
+    storage = Storage(dtype) if isinstance(dtype, torch.dtype) else dtype
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(base))
         opened = [(use, stack.enter_context(read_lora(use.path, allow_unmatched))) for use in uses]
         plan, applied, left_out = _plan(checkpoint, opened, allow_unmatched)
-        entries = {key: (dtype or checkpoint.dtype(key), checkpoint.shape(key)) for key in checkpoint.keys()}  # noqa: SIM118
+        target = Target(checkpoint, storage)
+        entries = target.entries()
         size = sum(math.prod(shape) * kind.itemsize for kind, shape in entries.values())
-        check_space(out, size)
+        check_output(out, inputs, overwrite, size)
         hashes = stack.enter_context(ThreadPoolExecutor(1, "accvideo-hash"))
         stopped = threading.Event()
         stack.callback(stopped.set)
         base_hash = hashes.submit(sha256_of, base, stopped)
         record = _Record(base, opened)
-        metadata = {**checkpoint.metadata, RECORD: record.text("0" * 64)}
-        dtypes = {key: kind for key, (kind, _) in entries.items()}
+        metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTISATION_METADATA}
+        metadata[RECORD] = record.text("0" * 64)
         read = stack.enter_context(closing(ahead(_read_all(checkpoint))))
-        merged = stack.enter_context(closing(ahead(_merge_all(read, plan, dtypes))))
-        tensors = _reporting(merged, checkpoint, progress)
+        merged = stack.enter_context(closing(ahead(_merge_all(read, plan, target))))
+        tensors = chain(target.marker(), _reporting(merged, checkpoint, progress))
         stream_safetensors(out, entries, tensors, metadata, late=lambda: {RECORD: record.text(base_hash.result())})
         metadata[RECORD] = record.text(base_hash.result())
-    return MergeReport(out, len(entries), len(plan), size, tuple(applied), left_out, metadata)
-
-
-def add_differences(weight: torch.Tensor, changes: Sequence[tuple[float, LoraModule]], dtype: torch.dtype) -> torch.Tensor:
-    """weight + sum of factor * difference, summed in fp32 (fp64 for an fp64 weight) and rounded once to `dtype`."""
-    rows = weight.shape[0] if weight.ndim else 1
-    flat = weight.reshape(rows, -1)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    terms = [term for factor, module in changes for term in _terms(module, factor, flat, wide)]
-    out = flat if dtype == weight.dtype else torch.empty(flat.shape, dtype=dtype)
-    tile = torch.empty(min(TILE_ROWS, rows), flat.shape[1], dtype=wide)
-    for start in range(0, rows, TILE_ROWS):
-        end = min(start + TILE_ROWS, rows)
-        sums = tile[: end - start].copy_(flat[start:end])
-        for first, up, down in terms:
-            a, b = max(start, first), min(end, first + len(up))
-            if a < b:
-                part, chosen = sums[a - start : b - start], up[a - first : b - first]
-                part.add_(chosen) if down is None else part.addmm_(chosen, down)
-        out[start:end].copy_(sums)
-    return out.reshape(weight.shape)
-
-
-def _terms(
-    module: LoraModule, factor: float, flat: torch.Tensor, wide: torch.dtype
-) -> list[tuple[int, torch.Tensor, torch.Tensor | None]]:
-    """(first row, B with scale and factor, A) of low-rank parts, (first row, difference, None) of others."""
-    terms: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []
-    for part in module.parts:
-        start, length = part.rows or (0, len(flat))
-        if part.rank is not None and not part.needs_weight:
-            down, up = part.low_rank()
-            terms.append((start, up.to(wide) * (factor * part.scale), down.to(wide).contiguous()))
-        else:
-            terms.append((start, part.delta(flat[start : start + length].to(wide)).mul_(factor), None))
-    return terms
+    return MergeReport(out, len(checkpoint.keys()), len(plan), size, tuple(applied), left_out, metadata)
 
 
 def _plan(
@@ -209,27 +176,27 @@ def _read_all(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
         yield key, checkpoint.read(key)
 
 
-def _reporting(
-    tensors: Iterable[tuple[str, torch.Tensor]], checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same, telling `progress` in the caller's own thread how much of the base is done."""
-    total, done = sum(checkpoint.nbytes(key) for key in checkpoint), 0
-    for key, tensor in tensors:
-        yield key, tensor
-        done += checkpoint.nbytes(key)
-        if progress is not None:
-            progress(done, total)
+Encoded = tuple[str, list[tuple[str, torch.Tensor]]]
 
 
 def _merge_all(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    plan: Mapping[str, Sequence[tuple[float, LoraModule]]],
-    dtypes: Mapping[str, torch.dtype],
-) -> Iterator[tuple[str, torch.Tensor]]:
+    tensors: Iterable[tuple[str, torch.Tensor]], plan: Mapping[str, Sequence[tuple[float, LoraModule]]], target: Target
+) -> Iterator[Encoded]:
+    """(tensor of the base, what is stored of it)."""
     for key, weight in tensors:
-        if key in plan:
-            weight = add_differences(weight, plan[key], dtypes[key])
-        yield key, weight.to(dtypes[key])
+        yield key, target.encode(key, weight, plan.get(key, ()))
+
+
+def _reporting(
+    merged: Iterable[Encoded], checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is stored, telling `progress` in the caller's own thread how much of the base is done."""
+    total, done = sum(checkpoint.nbytes(key) for key in checkpoint), 0
+    for key, stored in merged:
+        yield from stored
+        done += checkpoint.nbytes(key)
+        if progress is not None:
+            progress(done, total)
 
 
 class _Record:
@@ -257,8 +224,9 @@ class MergeArgs:
     repeated."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The file to write."""
-    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
-    """What the values are stored as; keep leaves every tensor its own."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "scaled_fp8"] = "keep"
+    """What the values are stored as; keep leaves every tensor its own. Both kinds of fp8 are for the weights of Linears:
+    fp8_e4m3fn rounds what changed by chance, scaled_fp8 gives each a scale."""
     allow_unmatched: bool = False
     """Leave out what belongs to no tensor of the base, instead of refusing."""
     overwrite: bool = False

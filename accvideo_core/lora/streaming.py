@@ -1,22 +1,16 @@
-"""What long work on large files has in common: making things ahead in a thread, hashes, checks before it starts."""
+"""What long work on large files has in common: making things ahead in a thread, and hashes."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
-import shutil
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from ..errors import OutputError
-from ..files import check_writable
-
 _T = TypeVar("_T")
-_SPARE = 1 << 20  # bytes for the header and the file system's own records
 
 
 def ahead(items: Iterator[_T]) -> Generator[_T, None, None]:
@@ -77,21 +71,3 @@ def sha256_of(path: Path, stopped: threading.Event | None = None) -> str:
                     return ""
                 digest.update(piece)
     return digest.hexdigest()
-
-
-def check_output(out: Path, inputs: Sequence[Path], overwrite: bool) -> None:
-    for path in inputs:
-        if out.exists() and path.exists() and os.path.samefile(out, path):
-            raise OutputError(f"the output {out} is one of the inputs; choose another name")
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} exists; choose another name, or say that it may be overwritten")
-    check_writable(out)
-
-
-def check_space(out: Path, size: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < size + _SPARE:
-        raise OutputError(
-            f"{out} will have {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there; "
-            "free some space or choose another disk"
-        )

@@ -26,7 +26,7 @@ from accvideo_core.checkpoint.wan import WanConfig, wan_shapes
 from accvideo_core.dit import DiTConfig
 from accvideo_core.errors import AccVideoError, InvalidValueError, LoraError, OutputError
 from accvideo_core.lora import LoraUse, merge_lora, parse_blocks, parse_lora_use, read_lora
-from accvideo_core.lora.merge import add_differences
+from accvideo_core.lora.arithmetic import add_differences
 from tests.lora_files import FORMATS, WAN_FORMATS, write
 from tests.networks import random_weights
 
@@ -212,7 +212,7 @@ def test_the_output_may_be_no_input_and_nothing_is_overwritten_unasked(tmp_path:
 
 
 def test_no_space_is_told_before_the_work(tmp_path: Path, base: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accvideo_core.lora.streaming.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr("accvideo_core.files.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     monkeypatch.setattr(merge_module, "_merge_all", None)
     refused(tmp_path, lambda: merge_lora(base, [lora], tmp_path / "out.safetensors"), OutputError, "are free", "GB")
 
