@@ -12,7 +12,7 @@ from ..accvideo_core.checkpoint.layouts import some
 from ..accvideo_core.errors import AccVideoError, InvalidValueError
 from ..accvideo_core.lora import ExtractReport, LoraUse, MergeReport, extract_lora, merge_lora, parse_blocks
 from ..accvideo_core.lora.extract import DTYPES as LORA_DTYPES
-from ..accvideo_core.lora.merge import DTYPES as MERGE_DTYPES
+from ..accvideo_core.lora.storage import DTYPES as MERGE_DTYPES
 from ..accvideo_core.lora.writing import KEY_FORMATS
 from . import bridge
 from .loaders import file_state

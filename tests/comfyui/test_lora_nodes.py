@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from accvideo_core.checkpoint import expected_shapes
+from accvideo_core.checkpoint.convert import convert
 from accvideo_core.comfy_client import ComfyClient, ComfyError, ComfyInterrupted, Progress
 from accvideo_core.dit import DiTConfig
 from accvideo_core.tiny import weights_path
@@ -155,17 +156,20 @@ def test_native_lora_nodes_work_beside_ours(server: Server, weights: Path) -> No
     assert relative_error(both, ours) < 1e-4
 
 
-def test_an_fp8_model_takes_loras(server: Server, weights: Path) -> None:
-    save_file(
-        load_file(weights_path("student", weights)), server.base / "models" / "diffusion_models" / "tiny_for_fp8.safetensors"
-    )
-    loader = node("AccVideoStudentLoader", file="tiny_for_fp8.safetensors", weight_dtype="fp8_e4m3fn")
+@pytest.mark.parametrize("loader", ["UNETLoader", "AccVideoStudentLoader"])
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "scaled_fp8"])
+def test_an_fp8_model_takes_loras(server: Server, weights: Path, dtype: str, loader: str) -> None:
+    """Also where the LoRA changes a part of a weight's rows, as OneTrainer's split q, k and v do."""
+    path = server.base / "models" / "diffusion_models" / f"tiny_{dtype}.safetensors"
+    convert(weights_path("student", weights), path, "comfyui", dtype, overwrite=True)
+    name = {"UNETLoader": "unet_name", "AccVideoStudentLoader": "file"}[loader]
+    load = node(loader, **{name: path.name, "weight_dtype": "default"})
     entry = stacked(put_lora(server, weights))
     (exact,) = server.latents(applying(entry), ["4", 0])
-    prompt = applying(entry) | {"loader": loader}
-    prompt["apply"]["inputs"]["model"] = ["loader", 0]
+    prompt = applying(entry) | {"load": load}
+    prompt["apply"]["inputs"]["model"] = ["load", 0]
     (rounded,) = server.latents(prompt, ["4", 0])
-    (plain,) = server.latents(tiny_prompt(model=["loader", 0]) | {"loader": loader}, ["4", 0])
+    (plain,) = server.latents(tiny_prompt(model=["load", 0]) | {"load": load}, ["4", 0])
     assert relative_error(rounded, exact) < 0.5 * relative_error(plain, exact)
 
 
