@@ -74,6 +74,12 @@ class LoraPart:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) it changes; a vector of n values is (n, 1). LoraError for factors that do not fit each other."""
+        shape = self._shape()
+        if 0 in shape:
+            raise LoraError(f"{self.source} changes no value at all ({shape[0]} x {shape[1]}); the file is damaged")
+        return shape
+
+    def _shape(self) -> tuple[int, int]:
         shapes = {role: tensor.shape for role, tensor in self.tensors.items() if role not in MAGNITUDES}
         try:
             if self.form == LOW_RANK:

@@ -213,6 +213,8 @@ class Lora:
         """alpha / rank; 1 where no alpha is stored, or where a LoKr has no rank because both its matrices are whole."""
         down = {LOW_RANK: "down", LOHA: "hada_w1_b"}.get(form, "lokr_w2_b" if "lokr_w2_b" in needed else "lokr_w1_b")
         rank = used[down].shape[0] if down in used and used[down].shape else None
+        if rank == 0:
+            raise LoraError(f"{used[down].key} {list(used[down].shape)} has rank 0; the file is damaged")
         if "alpha" in used:
             stored = used["alpha"]
             if math.prod(stored.shape) != 1:
