@@ -32,6 +32,7 @@ from tests.comfyui.test_sampling import small_wan
 from tests.lora_files import FORMATS, WAN_FORMATS, from_native, write
 from tests.networks import random_weights
 
+LOADERS = ("native", "ours")
 BEGIN, END = "<!-- lora-formats: written by benchmarks/lora_formats.py -->", "<!-- lora-formats: end -->"
 
 
@@ -59,31 +60,32 @@ def wan_weights(folder: Path, blocks: int) -> dict[str, Tensor]:
 
 
 def count(args: Args, checkout: Path) -> list[dict[str, Any]]:
-    """A row for every format: modules in the file, and (applied, right) by each loader."""
+    """A row for every format: modules in the file, and (applied, right) by each loader. One process does all the work."""
     config = DiTConfig(128, 1, args.double, args.single, text_dim=32)
-    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for family, formats, state in (
-            ("HunyuanVideo", FORMATS, random_weights(config)),
-            ("Wan 2.1", WAN_FORMATS, wan_weights(folder, args.wan)),
-        ):
-            save_file(state, folder / "base.safetensors")
-            for format, row in formats.items():
-                file = write(format, state, trained=row.trained)
-                file.save(folder / "lora.safetensors")
-                loras = [{"file": "lora.safetensors", "strength": 1.0}]
-                job = {"weights": "base.safetensors", "inputs": None, "loras": loras}
-                loaders = ("native", "ours")
-                run_jobs(checkout, prepare(checkout), folder, [job | {"loader": x, "output": x} for x in loaders])
-                scores = {}
-                for loader in loaders:
-                    weights = {n.removeprefix("weight."): t for n, t in load_file(folder / loader).items()}
-                    scores[loader] = file.score(state, from_native(weights, state))
-                rows.append({"family": family, "format": format, "key": row.key, "modules": len(file.modules), **scores})
-                print(
-                    f"{checkout.name}: {family}, {format}: {scores['native']} {scores['ours']} of {len(file.modules)}", flush=True
-                )
+        states = {"HunyuanVideo": random_weights(config), "Wan 2.1": wan_weights(folder, args.wan)}
+        cases = [(family, f) for family, table in (("HunyuanVideo", FORMATS), ("Wan 2.1", WAN_FORMATS)) for f in table.items()]
+        for family, state in states.items():
+            save_file(state, folder / f"{family}.safetensors")
+        files, jobs = [], []
+        for i, (family, (format, row)) in enumerate(cases):
+            files.append(write(format, states[family], trained=row.trained))
+            files[-1].save(folder / f"lora{i}.safetensors")
+            job = {
+                "weights": f"{family}.safetensors",
+                "inputs": None,
+                "loras": [{"file": f"lora{i}.safetensors", "strength": 1.0}],
+            }
+            jobs += [job | {"loader": loader, "output": f"{loader}{i}"} for loader in LOADERS]
+        run_jobs(checkout, prepare(checkout), folder, jobs)
+        rows = []
+        for i, (family, (format, row)) in enumerate(cases):
+            scores = {}
+            for loader in LOADERS:
+                weights = {n.removeprefix("weight."): t for n, t in load_file(folder / f"{loader}{i}").items()}
+                scores[loader] = files[i].score(states[family], from_native(weights, states[family]))
+            rows.append({"family": family, "format": format, "key": row.key, "modules": len(files[i].modules), **scores})
     return rows
 
 
