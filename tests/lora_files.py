@@ -151,6 +151,8 @@ def _lokr(module: Module, generator: torch.Generator, dtype: torch.dtype, alpha:
     return tensors, lambda weight: scale * torch.kron(a, b @ c)
 
 
+BLOCKS = r"^(double|single)_blocks\.|^(single_)?transformer_blocks\."
+"""Modules inside the blocks, in the original or diffusers' naming."""
 UP_DOWN = _low_rank("lora_up.weight", "lora_down.weight")
 A_B = _low_rank("lora_B.weight", "lora_A.weight")
 
@@ -163,7 +165,7 @@ class Format:
     key          what a module's key begins with; `{}` is its name, `{_}` its name with underscores for dots
     form         the tensors of one module
     alpha        "none", "tensor" (beside each module) or "metadata" (diffusers' adapter metadata, one for all)
-    trained      what of the original names the tool trains by default, for the table in the docs
+    trained      which of its own names of modules the tool trains by default, for the table in the docs
     differences  also write what is no matrix: .diff of norms and the patch embedding, .diff_b of biases, .diff_m of modulations
     """
 
@@ -171,13 +173,13 @@ class Format:
     key: str
     form: Form
     alpha: str = "none"
-    trained: str = r"(double|single)_blocks\."
+    trained: str = BLOCKS
     differences: bool = False
     dtype: torch.dtype = torch.float32
 
 
 _KOHYA_DEFAULT = r"(double|single)_blocks\.\d+\.(?!.*mod)"  # musubi leaves the modulations out
-_ATTENTION = r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)|single_blocks\.\d+\.linear1"
+_ATTENTION = r"^(single_)?transformer_blocks\..*\.to_(q|k|v|out\.0)$"  # what diffusers' training scripts name
 FORMATS: dict[str, Format] = {
     "diffusion-pipe": Format("original", "transformer.{}", A_B),
     "diffusion-pipe (old prefix)": Format("original", "diffusion_model.{}", A_B),
@@ -198,18 +200,18 @@ WAN_FORMATS: dict[str, Format] = {
     "musubi / kohya": Format("original", "lora_unet_{_}", UP_DOWN, "tensor", r"blocks\."),
     "kohya, two underscores": Format("original", "lora_unet__{_}", UP_DOWN, "tensor", r"blocks\."),
     "ComfyUI / KJ extraction": Format("original", "diffusion_model.{}", UP_DOWN, "none", ".", True),
-    "diffusers": Format("diffusers", "transformer.{}", A_B, "metadata", r"blocks\."),
+    "diffusers": Format("diffusers", "transformer.{}", A_B, "metadata", r"attn\d\.to_"),
 }
 
 
 def write(name: str, state: Mapping[str, Tensor], seed: int = 0, trained: str = ".") -> LoraFile:
-    """A LoRA of `name`d format for the network `state` (original names), on every matrix whose original name `trained` finds."""
+    """A LoRA of `name`d format for the network `state` (original names), on every matrix whose name there `trained` finds."""
     row = (WAN_FORMATS if "head.head.weight" in state else FORMATS)[name]
     generator = torch.Generator().manual_seed(seed)
     file = LoraFile()
     alpha = None if row.alpha == "none" else ALPHA
     for module in modules(state, row.naming):
-        if module.weight.ndim != 2 or not re.search(trained, module.original):
+        if module.weight.ndim != 2 or not re.search(trained, module.name):
             continue
         tensors, change = row.form(module, generator, row.dtype, alpha)
         stem = row.key.replace("{_}", module.name.replace(".", "_")).replace("{}", module.name)

@@ -16,14 +16,14 @@ from accvideo_core.comfy_client import ComfyClient, ComfyError, ComfyInterrupted
 from accvideo_core.dit import DiTConfig
 from accvideo_core.tiny import weights_path
 from tests.comfyui.server import Server, node, relative_error, tiny_prompt
-from tests.lora_files import write
+from tests.lora_files import BLOCKS, write
 
 TEACHER, STUDENT = "AccVideo tiny teacher", "AccVideo tiny student"
 
 
 def put_lora(server: Server, weights: Path, format: str = "OneTrainer", name: str = "style", **extra: torch.Tensor) -> str:
     """A LoRA for the bundled student in ComfyUI's loras folder; `extra` are further keys."""
-    file = write(format, {n: t.float() for n, t in load_file(weights_path("student", weights)).items()}, trained="double|single")
+    file = write(format, {n: t.float() for n, t in load_file(weights_path("student", weights)).items()}, trained=BLOCKS)
     file.tensors |= extra
     file.save(server.base / "models" / "loras" / f"{name}.safetensors")
     return f"{name}.safetensors"
