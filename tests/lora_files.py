@@ -165,7 +165,7 @@ class Format:
     key          what a module's key begins with; `{}` is its name, `{_}` its name with underscores for dots
     form         the tensors of one module
     alpha        "none", "tensor" (beside each module) or "metadata" (diffusers' adapter metadata, one for all)
-    trained      which of its own names of modules the tool trains by default, for the table in the docs
+    trained      finds the names, its own or the original ones, of what the tool trains by default, for the table in the docs
     differences  also write what is no matrix: .diff of norms and the patch embedding, .diff_b of biases, .diff_m of modulations
     """
 
@@ -205,13 +205,14 @@ WAN_FORMATS: dict[str, Format] = {
 
 
 def write(name: str, state: Mapping[str, Tensor], seed: int = 0, trained: str = ".") -> LoraFile:
-    """A LoRA of `name`d format for the network `state` (original names), on every matrix whose name there `trained` finds."""
+    """A LoRA of `name`d format for the network `state` (original names), on every matrix whose name, there or in the
+    original, `trained` finds."""
     row = (WAN_FORMATS if "head.head.weight" in state else FORMATS)[name]
     generator = torch.Generator().manual_seed(seed)
     file = LoraFile()
     alpha = None if row.alpha == "none" else ALPHA
     for module in modules(state, row.naming):
-        if module.weight.ndim != 2 or not re.search(trained, module.name):
+        if module.weight.ndim != 2 or not any(re.search(trained, name) for name in (module.name, module.original)):
             continue
         tensors, change = row.form(module, generator, row.dtype, alpha)
         stem = row.key.replace("{_}", module.name.replace(".", "_")).replace("{}", module.name)
