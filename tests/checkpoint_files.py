@@ -20,8 +20,8 @@ from accvideo_core.dit import DiTConfig
 State = dict[str, Tensor]
 
 HUNYUAN = DiTConfig(hidden_size=128, num_heads=1, depth_double=1, depth_single=2, text_dim=32)
-WAN_T2V = WanConfig(256, 2, 2, 512, 64, 16, 16)
-WAN_I2V = WanConfig(256, 2, 1, 512, 64, 36, 16, image_dim=1280)
+WAN_T2V = WanConfig(256, 2, 2, 512, 4096, 16, 16)  # the text width that ComfyUI has built in
+WAN_I2V = WanConfig(256, 2, 1, 512, 4096, 36, 16, image_dim=1280)
 PREFIXES = ("", "model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "net.")
 
 # ComfyUI's own renaming of original names, in its order; ours must undo exactly this.

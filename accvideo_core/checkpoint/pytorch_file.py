@@ -59,7 +59,8 @@ class PytorchFile:
 
 
 def _load(path: Path) -> tuple[Any, str]:
-    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"  # not zipfile.is_zipfile, which raises on some damage
     if zipped:
         _check_zip(path)
     try:
