@@ -31,7 +31,10 @@ COMMANDS = {
     "generate": Command("tiny.generate", "GenerateArgs", "a prompt to a video, with the bundled student or its teacher"),
     "compare": Command("studies.compare", "CompareArgs", "teacher and student side by side: video, contact sheet, times"),
     "evaluate": Command("studies.evaluation", "EvaluateArgs", "how often a model shows what its prompts ask for"),
-    "inspect": Command("checkpoint.inspect", "InspectArgs", "what a weight file is, and whether it is whole and sound"),
+    "inspect": Command("inspect", "InspectArgs", "what a checkpoint or LoRA is, and whether it is whole and sound"),
+    "merge-lora": Command("lora.merge", "MergeArgs", "a checkpoint with LoRAs merged into it"),
+    "extract-lora": Command("lora.extract", "ExtractArgs", "the difference of two checkpoints as a LoRA"),
+    "convert": Command("checkpoint.convert", "ConvertArgs", "a checkpoint in another layout or dtype"),
     "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, teacher, student"),
 }
 

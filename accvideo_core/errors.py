@@ -17,6 +17,10 @@ class CheckpointError(AccVideoError):
     """A weight file that is missing, damaged, of another model, or does not fit the network."""
 
 
+class LoraError(AccVideoError):
+    """A LoRA file that is missing, damaged, of another model, or says something about it that is not understood."""
+
+
 class PromptError(AccVideoError, ValueError):
     """A prompt the tiny world cannot understand."""
 

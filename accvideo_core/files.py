@@ -9,12 +9,14 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .errors import AccVideoError, OutputError
 
+_SPARE = 64 * 2**20  # left free on the disk
 _CURES = {
     errno.ENOSPC: "free some space or choose another disk",
     errno.EDQUOT: "free some of your quota or choose another disk",
@@ -74,6 +76,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         if isinstance(error, AccVideoError):
             raise
         raise _output_error(path, error) from error
+
+
+def check_output(out: Path, inputs: Iterable[Path], overwrite: bool, size: int = 0) -> None:
+    """Raise OutputError, before any work, unless `out` can be written: not one of the inputs, not there already (or to be
+    overwritten), in a folder one may write to, on a disk with `size` bytes and some to spare."""
+    for path in inputs:
+        if out.exists() and path.exists() and os.path.samefile(out, path):
+            raise OutputError(f"the output {str(out)!r} is one of the inputs; choose another name")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{str(out)!r} exists; choose another name, or say that it may be overwritten")
+    if not out.is_dir():
+        check_writable(out)
+    free = shutil.disk_usage(out.parent).free
+    if free < size + _SPARE:
+        raise OutputError(
+            f"{str(out)!r} will have {size / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free there; free some space or choose "
+            "another disk"
+        )
 
 
 def _usual_mode(unused: Path) -> int:

@@ -1,12 +1,17 @@
 """AccVideo's ComfyUI nodes, a module per capability. The table here is what the pack registers."""
 
 from .loaders import AccVideoStudentLoader, AccVideoTinyModels
+from .lora import AccVideoLoraApply, AccVideoLoraExtract, AccVideoLoraMerge, AccVideoLoraStack
 from .sampling import AccVideoSampler, AccVideoSigmas
 
 # Node classes by id and display name. Written out, because asking the schemas would list every model folder at start.
 NODES = {
     "AccVideoStudentLoader": (AccVideoStudentLoader, "AccVideo Student Loader"),
     "AccVideoTinyModels": (AccVideoTinyModels, "AccVideo Tiny Models"),
+    "AccVideoLoraStack": (AccVideoLoraStack, "AccVideo LoRA Stack"),
+    "AccVideoLoraApply": (AccVideoLoraApply, "AccVideo LoRA Apply"),
+    "AccVideoLoraMerge": (AccVideoLoraMerge, "AccVideo LoRA Merge"),
+    "AccVideoLoraExtract": (AccVideoLoraExtract, "AccVideo LoRA Extract"),
     "AccVideoSampler": (AccVideoSampler, "AccVideo Sampler"),
     "AccVideoSigmas": (AccVideoSigmas, "AccVideo Sigmas"),
 }

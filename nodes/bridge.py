@@ -7,15 +7,17 @@ cfg, hooks, noise masks, previews, progress and interrupts are ComfyUI's own and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
@@ -26,13 +28,14 @@ import comfy.sd1_clip
 import comfy.supported_models_base
 import comfy.taesd.taesd
 import comfy.utils
+import comfy.weight_adapter
 import folder_paths
 import latent_preview
 import node_helpers
 import torch
 from tqdm.auto import tqdm
 
-from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError
+from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError, LoraError
 from ..accvideo_core.sampling import Step, euler_flow
 
 log = logging.getLogger("accvideo")
@@ -121,6 +124,152 @@ def _text_width(network: torch.nn.Module) -> int | None:
         except AttributeError:
             continue
     return None
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+def lora_files() -> list[str]:
+    """Names, as ComfyUI lists them, of the files in its `loras` folders."""
+    return folder_paths.get_filename_list("loras")
+
+
+def lora_path(name: str) -> Path:
+    """Where a file of `lora_files()` lies; LoraError when there is none of that name."""
+    path = folder_paths.get_full_path("loras", name)
+    if path is None:
+        folders = ", ".join(folder_paths.get_folder_paths("loras"))
+        raise LoraError(f"no file {name!r} in ComfyUI's loras folders; put it into one of {folders} and refresh")
+    return Path(path)
+
+
+def model_output(kind: str, name: str) -> tuple[Path, str]:
+    """(file to write, its name in ComfyUI's list) for a `name` a user chose, in ComfyUI's folder of that kind (loras, ...).
+
+    The ending .safetensors is added. Raises InvalidValueError for a name that leads out of the folder or is none.
+    """
+    folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
+    folder = next((folder for folder in folders if folder.name == kind), folders[0])
+    parts = [part.strip() for part in name.replace("\\", "/").split("/")]
+    path = folder.joinpath(*parts)
+    if any(part in ("", ".", "..") or set(part) & set(':*?"<>|\0') for part in parts):
+        raise InvalidValueError(f"{name!r} is no name for a file in {folder}; write one like my_file or subfolder/my_file")
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise InvalidValueError(f"{name!r} leads out of {folder}; write a name inside it")
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    return path, str(path.relative_to(folder))
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function of (bytes done, bytes in all) that moves the node's bar and the console's, and raises ComfyUI's own
+    exception when the user has pressed cancel."""
+    bar = comfy.utils.ProgressBar(1)
+    with tqdm(desc=what, unit="B", unit_scale=True) as console:
+
+        def report(done: int, total: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            bar.update_absolute(done, total)
+            console.total = total
+            console.update(done - console.n)
+
+        yield report
+
+
+def tensor_shapes(model: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of a MODEL's network, as this version of ComfyUI names its tensors."""
+    return {name: tuple(tensor.shape) for name, tensor in model.model.diffusion_model.state_dict().items()}
+
+
+class _ComputedDifference(comfy.weight_adapter.WeightAdapterBase):
+    """A patch whose difference is computed by `accvideo_core.lora` from the weight it meets: LoHa, LoKr, DoRA.
+
+    ComfyUI's own adapters know these forms, but not all of their spellings, and take another norm for DoRA.
+    """
+
+    name = "accvideo"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+        # (function, tensors): ComfyUI copies an adapter by these two arguments, moving the tensors it finds in `weights`.
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    def calculate_weight(
+        self,
+        weight: torch.Tensor,
+        key: str,
+        strength: float,
+        strength_model: float,
+        offset: Any,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
+        compute, tensors = self.weights
+        weight += function((strength * compute(weight, tensors)).to(weight.device, weight.dtype))
+        return weight
+
+
+def low_rank_patch(up: torch.Tensor, down: torch.Tensor, scale: float) -> Any:
+    """ComfyUI's own patch for weight + strength * scale * up @ down; up (out, rank), down (rank, in)."""
+    return comfy.weight_adapter.LoRAAdapter(set(), (up, down, scale * len(down), None, None, None))
+
+
+def difference_patch(value: torch.Tensor) -> Any:
+    """ComfyUI's own patch for weight + strength * value."""
+    return ("diff", (value,))
+
+
+def computed_patch(compute: Callable[[torch.Tensor, tuple], torch.Tensor], tensors: tuple[torch.Tensor, ...]) -> Any:
+    """A patch for weight + strength * compute(weight, tensors)."""
+    return _ComputedDifference(set(), (compute, tensors))
+
+
+Patch = tuple[str, tuple[int, int] | None, Any, float]
+"""(name as in `tensor_shapes`, (start, length) of its rows or None for all, patch, strength)."""
+
+
+def with_patches(model: comfy.model_patcher.ModelPatcher, patches: Iterable[Patch]) -> comfy.model_patcher.ModelPatcher:
+    """A clone of a MODEL with patches on its weights, in their order; ComfyUI applies, offloads and removes them.
+
+    Raises InvalidValueError for a name that the network does not have, which ComfyUI would pass over.
+    """
+    clone = model.clone()
+    passed_over = _parameters_beside_modules(model.model.diffusion_model)
+    rounds: list[tuple[float, dict[Any, Any]]] = []  # ComfyUI takes a strength and a dict, so a key only once at a time
+    for name, rows, patch, strength in patches:
+        key = f"diffusion_model.{name}"
+        if name in passed_over:
+            _replace_parameter(clone, key, (strength, patch, 1.0, None if rows is None else (0, *rows), None))
+            continue
+        place = key if rows is None else (key, (0, *rows))
+        if not rounds or rounds[-1][0] != strength or place in rounds[-1][1]:
+            rounds.append((strength, {}))
+        rounds[-1][1][place] = patch
+    for strength, places in rounds:
+        if missing := set(places) - set(clone.add_patches(places, strength)):
+            raise InvalidValueError(
+                f"this model has no {', '.join(sorted(map(str, missing)))[:300]}; connect the model they are of"
+            )
+    return clone
+
+
+def _parameters_beside_modules(network: torch.nn.Module) -> set[str]:
+    """Parameters of modules that have modules with parameters inside (Wan's modulations): ComfyUI patches no such weight."""
+    found = set()
+    for name, module in network.named_modules():
+        own = [f"{name}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+        if own and len(own) < sum(1 for _ in module.parameters()):
+            found.update(own)
+    return found
+
+
+def _replace_parameter(clone: comfy.model_patcher.ModelPatcher, key: str, patch: tuple[Any, ...]) -> None:
+    """Put the patched value in place of a parameter for as long as this MODEL is loaded: an object patch."""
+    old = clone.get_model_object(key)
+    with torch.inference_mode(False):
+        value = comfy.lora.calculate_weight([patch], old.detach().to(torch.float32, copy=True), key).to(old.dtype)
+        clone.add_object_patch(key, torch.nn.Parameter(value, requires_grad=False))
 
 
 # ---- CLIP and VAE of the tiny world ---------------------------------------------------------------------------------

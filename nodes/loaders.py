@@ -90,8 +90,9 @@ class AccVideoStudentLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, weight_dtype: str) -> str:
-        return f"{file} {weight_dtype} {file_state(bridge.diffusion_model_path(file))}"
+    def fingerprint_inputs(cls, file: str | None, weight_dtype: str | None) -> str:
+        """None stands for an input that is linked; its node is asked itself."""
+        return f"{file} {weight_dtype} {'linked' if file is None else file_state(bridge.diffusion_model_path(file))}"
 
     @classmethod
     def execute(cls, file: str, weight_dtype: str) -> io.NodeOutput:

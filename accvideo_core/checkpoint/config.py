@@ -13,6 +13,9 @@ import torch
 from ..dit import DiTConfig, HunyuanVideoDiT
 from ..errors import CheckpointError
 from .layouts import some
+from .wan import WanConfig, infer_wan_config, wan_family, wan_shapes
+
+NetworkConfig = DiTConfig | WanConfig
 
 _ROPE_DIMS = (16, 56, 56)  # not visible in any shape; every HunyuanVideo has these
 
@@ -65,17 +68,26 @@ def infer_config(state: Mapping[str, torch.Tensor | Sequence[int]]) -> DiTConfig
     )
 
 
-def expected_shapes(config: DiTConfig) -> dict[str, tuple[int, ...]]:
+def infer_any_config(family: str, shapes: Mapping[str, Sequence[int]]) -> NetworkConfig:
+    """The sizes from {original name: shape}; `family` is the layout's: hunyuan or wan."""
+    return infer_wan_config(shapes) if family == "wan" else infer_config(shapes)
+
+
+def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """{original name: shape} of every tensor of the network, from the network itself built without memory."""
+    if isinstance(config, WanConfig):
+        return wan_shapes(config)
     network = HunyuanVideoDiT(config, device="meta")
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def family_of(config: DiTConfig) -> str:
+def family_of(config: NetworkConfig) -> str:
     """The key in `schedule.PRESETS`: HunyuanVideo reads text 4096 wide, only the tiny world another.
 
     Raises CheckpointError for relatives that are sampled otherwise (image-to-video takes more input channels).
     """
+    if isinstance(config, WanConfig):
+        return wan_family(config)
     if config.in_channels != 16 or config.out_channels != 16:
         raise CheckpointError(
             f"it takes {config.in_channels} latent channels and gives {config.out_channels}: an image-to-video relative of "
@@ -103,7 +115,7 @@ class Differences:
         return ", ".join(parts)
 
 
-def find_differences(shapes: Mapping[str, Sequence[int]], config: DiTConfig, unexpected: Iterable[str] = ()) -> Differences:
+def find_differences(shapes: Mapping[str, Sequence[int]], config: NetworkConfig, unexpected: Iterable[str] = ()) -> Differences:
     """Compare {original name: shape} with the network of `config`; `unexpected` are stored names that have no original one."""
     expected = expected_shapes(config)
     misshapen = [

@@ -18,10 +18,11 @@ import tyro
 from tqdm import tqdm
 
 from ..devices import pick_device
-from ..dit import Conditioning
+from ..dit import Conditioning, DiTConfig
 from ..schedule import PRESETS
 from .layouts import some
-from .reader import FLOAT8, Checkpoint, load_student, open_checkpoint
+from .quantised import FLOAT8
+from .reader import Checkpoint, load_student, open_checkpoint
 
 _STEP_LATENT = (1, 16, 3, 16, 16)  # 9 frames of 128 x 128
 _STEP_TOKENS = 16
@@ -34,7 +35,7 @@ class InspectArgs:
     """Say what a weight file is and what is wrong with it. Exit code 1 if anything is."""
 
     file: tyro.conf.Positional[Path]
-    """The weights: safetensors in original or ComfyUI naming."""
+    """The weights: safetensors, PyTorch's .pt, GGUF, an index of shards or a diffusers folder, in any naming; or a LoRA."""
     self_check: bool = False
     """Also read every value and look for NaN, infinities and tensors that are all zero (reads the whole file)."""
     step: bool = False
@@ -43,19 +44,23 @@ class InspectArgs:
     """Where --step runs: cpu, cuda, mps."""
     dtype: Literal["stored", "bf16", "fp16", "fp32"] = "stored"
     """What --step computes in."""
+    weights: str | None = None
+    """Which network of a .pt file that holds several: module (the default), ema, ..."""
     json: bool = False
     """Print JSON instead of text."""
 
 
 def run(args: InspectArgs) -> int:
     """Print the report on `args.file`; 0 if nothing is wrong, 1 otherwise. CheckpointError if it cannot be read at all."""
-    with open_checkpoint(args.file, strict=False) as checkpoint:
+    with open_checkpoint(args.file, strict=False, weights=args.weights) as checkpoint:
         report = describe(checkpoint)
         if args.self_check:
             report["values"], found = check_values(checkpoint)
             report["problems"] += found
-        fits = not checkpoint.differences
-    if args.step and fits:
+        fits, ours = not checkpoint.differences, isinstance(checkpoint.config, DiTConfig)
+    if args.step and not ours:
+        report["problems"].append("--step was not run: Wan runs in ComfyUI alone")
+    elif args.step and fits:
         report["step"], found = one_step(args)
         report["problems"] += found
     elif args.step:
@@ -75,16 +80,20 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     problems = [f"the tensors do not fit the network: {differences}"] if differences else []
     return {
         "file": str(checkpoint.path),
-        "bytes": checkpoint.path.stat().st_size,
+        "bytes": checkpoint.nbytes_on_disk,
+        "container": checkpoint.container,
+        "quantisation": checkpoint.quantisation,
         "layout": checkpoint.layout,
         "prefix": checkpoint.prefix,
         "family": checkpoint.family,
         "config": asdict(checkpoint.config),
-        "dtypes": {str(dtype).removeprefix("torch."): count for dtype, count in checkpoint.dtypes.items()},
+        "dtypes": dict(checkpoint.encodings),
         "tensors": len(checkpoint.keys()),
         "parameters": checkpoint.parameters,
         "metadata": dict(checkpoint.metadata),
+        "notes": list(checkpoint.notes),
         "schedule": {
+            "solver": preset.solver,
             "steps": preset.steps,
             "shift": preset.shift,
             "guidance": preset.guidance,
@@ -134,7 +143,7 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
     """
     dtype = {"stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     device = pick_device(args.device)
-    network = load_student(args.file, device=device, dtype=dtype)
+    network = load_student(args.file, device=device, dtype=dtype, weights=args.weights)
     generator = torch.Generator("cpu").manual_seed(0)
     c = network.config
     noise = torch.randn(_STEP_LATENT, generator=generator)
@@ -166,20 +175,21 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
 
 
 def _as_text(report: dict[str, Any]) -> str:
-    config, schedule = report["config"], report["schedule"]
-    guidance = "guidance embedded" if config["guidance_embed"] else "no guidance embedding"
+    schedule = report["schedule"]
+    guided = "" if schedule["guidance"] is None else f", guidance {schedule['guidance']:g}"
     lines = [
         f"file        {report['file']} ({report['bytes'] / 1e6:,.1f} MB)",
+        f"container   {report['container']}" + (f", {report['quantisation']}" if report["quantisation"] else ""),
         f"layout      {report['layout']}" + (f", prefix {report['prefix']}" if report["prefix"] else ""),
         f"family      {report['family']}",
-        f"network     width {config['hidden_size']}, {config['num_heads']} heads, {config['depth_double']} double + "
-        f"{config['depth_single']} single blocks, text {config['text_dim']}, pooled {config['pooled_dim']}, {guidance}",
+        f"network     {_network(report['config'])}",
         f"parameters  {report['parameters']:,} in {report['tensors']} tensors",
         "dtypes      " + ", ".join(f"{dtype} x {count}" for dtype, count in report["dtypes"].items()),
-        f"schedule    {schedule['steps']} steps, shift {schedule['shift']:g}, guidance {schedule['guidance']:g}, sigmas "
+        f"schedule    {schedule['solver']}, {schedule['steps']} steps, shift {schedule['shift']:g}{guided}, sigmas "
         + " ".join(f"{sigma:.5g}" for sigma in schedule["sigmas"]),
     ]
-    lines += [f"metadata    {key}: {value}" for key, value in report["metadata"].items()]
+    lines += [f"metadata    {key}: {_shortened(value)}" for key, value in report["metadata"].items()]
+    lines += [f"note        {note}" for note in report["notes"]]
     if "values" in report:
         values = report["values"]
         lines.append(f"values      {values['tensors_read']} tensors read")
@@ -193,6 +203,20 @@ def _as_text(report: dict[str, Any]) -> str:
         )
     lines += [f"PROBLEM     {problem}" for problem in report["problems"]] or ["ok          nothing wrong found"]
     return "\n".join(lines)
+
+
+def _network(config: dict[str, Any]) -> str:
+    sizes = f"width {config['hidden_size']}, {config['num_heads']} heads, "
+    if "num_layers" in config:
+        image = "" if config["image_dim"] is None else f", image tokens {config['image_dim']}"
+        return f"{sizes}{config['num_layers']} blocks, text {config['text_dim']}, {config['in_channels']} channels in{image}"
+    guidance = "guidance embedded" if config["guidance_embed"] else "no guidance embedding"
+    blocks = f"{config['depth_double']} double + {config['depth_single']} single blocks"
+    return f"{sizes}{blocks}, text {config['text_dim']}, pooled {config['pooled_dim']}, {guidance}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
 
 
 def _finite(value: Any) -> Any:

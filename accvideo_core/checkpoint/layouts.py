@@ -2,8 +2,8 @@
 
 Inside, there is one naming: Tencent's original. A `Layout` is a table of module names from a foreign naming to the
 original one; `{}` stands for a block's number and `{s}` for either stream (img, txt). A tensor is its module's name and a
-leaf (`.weight`, `.bias`). What is recognised only to be refused with a clear word (other naming, quantised weights, other
-models) is listed here too, so that this file alone says what AccVideo knows about names.
+leaf (`.weight`, `.bias`). Wan's tables are in `wan.py`; how a file's names are matched with all of them, and what is
+recognised only to be refused with a clear word, stands in `recognition.py`.
 """
 
 from __future__ import annotations
@@ -23,29 +23,96 @@ SIGNATURE = "txt_in.individual_token_refiner."
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One naming: `modules` pairs a foreign module name with the original one, `leaves` a foreign leaf with ours."""
+class Place:
+    """Where a stored tensor belongs: rows of the original tensor `name`, as part `index` of `count` stacked in that order."""
 
     name: str
-    modules: tuple[tuple[str, str], ...]
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One naming.
+
+    family   first word of the families it belongs to: hunyuan, wan
+    modules  (foreign module names, original one): several foreign ones are the rows of the original, stacked in order
+    leaves   (foreign leaf, ours)
+    tensors  (foreign, original) names of parameters that are no layer's weight or bias
+    swapped  original modules whose two halves of rows stand the other way round in this naming
+    scales   original modules whose weight is written as `scale`, which every version of ComfyUI reads
+    """
+
+    name: str
+    family: str
+    modules: tuple[tuple[tuple[str, ...], str], ...]
     leaves: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
+    tensors: tuple[tuple[str, str], ...] = ()
+    swapped: tuple[str, ...] = ()
+    scales: tuple[str, ...] = ()
 
     @cached_property
-    def _originals(self) -> dict[str, str]:
-        return {f.replace("{s}", s): o.replace("{s}", s) for f, o in self.modules for s in ("img", "txt")}
+    def _places(self) -> dict[str, tuple[str, int, int]]:
+        return {
+            name.replace("{s}", s): (original.replace("{s}", s), index, len(foreign))
+            for foreign, original in self.modules
+            for index, name in enumerate(foreign)
+            for s in ("img", "txt")
+        }
+
+    @cached_property
+    def _foreign(self) -> dict[str, tuple[str, ...]]:
+        return {o.replace("{s}", s): tuple(n.replace("{s}", s) for n in f) for f, o in self.modules for s in ("img", "txt")}
+
+    @cached_property
+    def _tensors(self) -> dict[str, str]:
+        return dict(self.tensors)
+
+    @cached_property
+    def _leaves(self) -> dict[str, str]:
+        return dict(self.leaves)
+
+    def place(self, name: str) -> Place | None:
+        """Where a stored tensor belongs, None if this naming has no such tensor."""
+        whole, number = _unnumbered(name)
+        if (target := self._tensors.get(whole)) is not None:
+            return Place(target.replace("{}", number))
+        module, number, leaf = split_name(name)
+        found, new_leaf = self._places.get(module), self._leaves.get(leaf)
+        if found is None or new_leaf is None:
+            return None
+        return Place(f"{found[0].replace('{}', number)}.{new_leaf}", *found[1:])
 
     def original(self, name: str) -> str | None:
-        """The original name of a stored tensor, None if this naming has no such tensor."""
+        """The original name of a stored tensor (or of that whose rows it holds), None if this naming has no such tensor."""
+        place = self.place(name)
+        return None if place is None else place.name
+
+    def stored(self, name: str) -> tuple[str, ...]:
+        """The names this layout gives to an original tensor, in the order of its rows. KeyError for no original name."""
+        whole, number = _unnumbered(name)
+        for foreign, original in self.tensors:
+            if original == whole:
+                return (foreign.replace("{}", number),)
         module, number, leaf = split_name(name)
-        target, new_leaf = self._originals.get(module), dict(self.leaves).get(leaf)
-        return None if target is None or new_leaf is None else f"{target.replace('{}', number)}.{new_leaf}"
+        if leaf == "weight" and module in self.scales:
+            leaf = "scale"
+        return tuple(f"{foreign.replace('{}', number)}.{leaf}" for foreign in self._foreign[module])
+
+    def is_swapped(self, name: str) -> bool:
+        """Whether the two halves of this original tensor stand the other way round here."""
+        return split_name(name)[0] in self.swapped
 
 
 def split_name(name: str) -> tuple[str, str, str]:
     """A tensor's (module with `{}` for its block's number, that number or "", leaf)."""
     module, _, leaf = name.rpartition(".")
-    number = re.search(r"blocks\.(\d+)\.", module)
-    return (module, "", leaf) if number is None else (module.replace(number[0], "blocks.{}.", 1), number[1], leaf)
+    return (*_unnumbered(module), leaf)
+
+
+def _unnumbered(name: str) -> tuple[str, str]:
+    number = re.search(r"blocks\.(\d+)\.", name)
+    return (name, "") if number is None else (name.replace(number[0], "blocks.{}.", 1), number[1])
 
 
 # (ComfyUI native, original). The original layout is the right-hand column onto itself.
@@ -88,14 +155,15 @@ _NAMES: tuple[tuple[str, str], ...] = (
     ("final_layer.adaLN_modulation.1", "final_layer.adaLN_modulation.1"),
 )
 
-ORIGINAL = Layout("original", tuple((original, original) for _, original in _NAMES))
+ORIGINAL = Layout("original", "hunyuan", tuple(((original,), original) for _, original in _NAMES))
 COMFYUI_NATIVE = Layout(
     # Older ComfyUI wrote the qk-norms' weight as `scale`.
     "comfyui-native",
-    _NAMES,
+    "hunyuan",
+    tuple(((native,), original) for native, original in _NAMES),
     (("weight", "weight"), ("scale", "weight"), ("bias", "bias")),
+    scales=tuple(o.replace("{s}", s) for _, o in _NAMES if o.endswith(("q_norm", "k_norm")) for s in ("img", "txt")),
 )
-LAYOUTS = (ORIGINAL, COMFYUI_NATIVE)
 
 # (original, diffusers). Several names are the fused rows in order, each as many as the network is wide, the last the rest.
 _REFINER = "txt_in.individual_token_refiner.blocks.{}."
@@ -148,52 +216,10 @@ DIFFUSERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 DIFFUSERS_SWAPPED = ("final_layer.adaLN_modulation.1",)
 """Modules whose two halves of rows stand the other way round in diffusers (shift, scale here; scale, shift there)."""
 
-# (what it is, how its names show it). The first that matches any name is what the error says.
-_REFUSED_NAMES: tuple[tuple[str, str], ...] = (
-    ("a LoRA, not a whole model", r"(\.|_)lora_(A|B|up|down|mid)\.|\.lora_[AB]$|\.hada_w\d|\.lokr_w\d|\.dora_scale$"),
-    ("fp8 weights with separate scales (ComfyUI scaled fp8)", r"(^|\.)scaled_fp8$|\.scale_weight$|\.scale_input$"),
-    ("fp8 weights with separate scales (ComfyUI quantised)", r"\.comfy_quant$|\.weight_scale$"),
-    ("HunyuanVideo in diffusers' naming", r"(^|\.)context_embedder\.token_refiner\."),
-    ("HunyuanVideo 1.5", r"(^|\.)(byt5_in|vision_in|cond_type_embedding|time_r_in)\."),
+HUNYUAN_DIFFUSERS = Layout(
+    "diffusers", "hunyuan", tuple((foreign, original) for original, foreign in DIFFUSERS), swapped=DIFFUSERS_SWAPPED
 )
-_FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
-    ("Wan video", r"(^|\.)blocks\.\d+\.(self_attn|cross_attn)\.(q|k|v|o)\."),
-    ("Flux", r"(^|\.)(double_blocks\.\d+\.img_attn\.|transformer_blocks\.\d+\.norm1_context\.)"),
-    ("Stable Diffusion", r"(^|\.)(input_blocks|output_blocks|down_blocks|up_blocks|middle_block|joint_blocks)\."),
-    ("LTX or another diffusers transformer", r"(^|\.)transformer_blocks\.\d+\."),
-    ("a VAE", r"(^|\.)(decoder|encoder)\.(conv_in|mid|up|down|up_blocks|down_blocks)\b"),
-    ("a text encoder", r"(^|\.)(text_model|embed_tokens|token_embedding|shared)\b|layers\.\d+\.(self_attn|mlp)\.\w+_proj\."),
-)
-
-
-def recognise(names: Iterable[str]) -> tuple[Layout, str, dict[str, str | None]]:
-    """Find the naming and the prefix that explain most of `names`.
-
-    Returns (layout, prefix, {stored name: original name or None where it belongs to no tensor of the network}).
-    Raises ValueError saying what the names look like if they are not of a layout that can be read.
-    """
-    names = list(names)
-    for what, pattern in _REFUSED_NAMES:
-        seen = next((n for n in names if re.search(pattern, n)), None)
-        if seen is not None:
-            raise ValueError(f"it holds {what} (tensor {seen}), which cannot be read yet")
-    if not any(SIGNATURE in n for n in names):
-        seen_as = next((f"{what} (tensor {n})" for what, p in _FOREIGN_NAMES for n in names if re.search(p, n)), None)
-        raise ValueError(
-            f"it looks like {seen_as}, not HunyuanVideo" if seen_as else f"its tensors ({some(names)}) are not HunyuanVideo's"
-        )
-
-    def translate(layout: Layout, prefix: str) -> dict[str, str | None]:
-        return {n: layout.original(n[len(prefix) :]) if n.startswith(prefix) else None for n in names}
-
-    choices = [(layout, prefix, translate(layout, prefix)) for layout in LAYOUTS for prefix in PREFIXES]
-    layout, prefix, table = max(choices, key=lambda c: sum(o is not None for o in c[2].values()))
-    if not any(table.values()):
-        stem = next(n for n in names if SIGNATURE in n).split(SIGNATURE)[0]
-        raise ValueError(
-            f"its names begin with {stem!r}, a prefix that is not known (known: {', '.join(p for p in PREFIXES if p)})"
-        )
-    return layout, prefix, table
+HUNYUAN = (ORIGINAL, COMFYUI_NATIVE, HUNYUAN_DIFFUSERS)
 
 
 def to_diffusers(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

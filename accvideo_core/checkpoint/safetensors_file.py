@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,16 +41,34 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `end` are byte offsets from the beginning of the file."""
+    """A tensor in a file.
+
+    dtype       what it is read as
+    start, end  byte offsets from the beginning of the file, where the container has such
+    encoding    how it is stored where no dtype says so (GGUF's Q4_K), else ""
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
     end: int
+    encoding: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes in the file."""
+        return self.end - self.start
+
+    @property
+    def stored_as(self) -> str:
+        """Name of the stored encoding: bfloat16, float8_e4m3fn, Q4_K."""
+        return self.encoding or str(self.dtype).removeprefix("torch.")
 
 
 class SafetensorsFile:
     """An open file: `tensors` {stored name: TensorInfo} in file order, `metadata`, and `read(name)`. Close it after use."""
+
+    container = "safetensors"
 
     def __init__(self, path: Path) -> None:
         """Reads the header alone. Raises CheckpointError if the file is truncated or its header makes no sense."""
@@ -152,28 +170,73 @@ def _one_line(error: BaseException) -> str:
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write `tensors` to `path`, all or nothing.
+    """Write `tensors` to `path`, all or nothing, byte for byte as the format's own writer does.
 
-    Tensors may be on any device and lazy (each is fetched from the mapping twice, one is held at a time). Widest dtype
-    first, as the format's own writer does, so that every tensor is aligned. Raises OutputError where it cannot be
-    written; `path` is then as it was before.
+    Tensors may be on any device and lazy (each is fetched from the mapping twice, one is held at a time). Raises
+    OutputError where it cannot be written; `path` is then as it was before.
+    """
+    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    stream_safetensors(path, entries, ((name, tensors[name]) for name in file_order(entries)), metadata)
+
+
+def file_order(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> list[str]:
+    """The order tensors lie in a file: widest dtype first, then by name, so that every tensor is aligned."""
+    return sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+
+
+def stream_safetensors(
+    path: Path | str,
+    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+    late: Callable[[], Mapping[str, str]] | None = None,
+) -> None:
+    """Write a file larger than memory, all or nothing: what it will hold is told first, the tensors come one by one.
+
+    entries  {name: (dtype, shape)} of the whole file
+    tensors  (name, tensor) for each of them once, in any order: every tensor is written at its own place (`file_order` is
+             the fast order)
+    late     called when the last tensor is written, for metadata known only then (a hash of what was read): it gives values
+             for keys of `metadata` whose values there have the same length
+    Raises OutputError where it cannot be written, CheckpointError when a tensor is not what `entries` says.
     """
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    entries = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    order = sorted(entries, key=lambda name: (-entries[name][0].itemsize, name))
+    places: dict[str, int] = {}
     offset = 0
-    for name in order:
+    for name in file_order(entries):
         dtype, shape = entries[name]
         if dtype not in _CODES:
             raise OutputError(f"cannot write {name}: safetensors has no name for {dtype}; convert it first")
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+        places[name], offset = offset, end
+    text = _as_text(header)
+    start = 8 + len(text)
     with atomic_path(path) as temporary, open(temporary, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            tensor = tensors[name].detach().to("cpu").contiguous()
+        for name, tensor in tensors:
+            if name not in places:
+                raise CheckpointError(f"cannot write {path}: tensor {name} came twice or was not announced")
+            dtype, shape = entries[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+                raise CheckpointError(f"cannot write {path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}")
+            place = start + places.pop(name)
+            if file.tell() != place:
+                file.seek(place)
+            tensor = tensor.detach().to("cpu").contiguous()
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if places:
+            raise CheckpointError(f"cannot write {path}: {len(places)} tensors never came, {next(iter(places))} the first")
+        if late is not None:
+            final = _as_text({**header, "__metadata__": {**(metadata or {}), **late()}})
+            if len(final) != len(text):
+                raise CheckpointError(f"cannot write {path}: late metadata has another length than what was announced")
+            file.seek(8)
+            file.write(final)
+
+
+def _as_text(header: Mapping[str, object]) -> bytes:
+    """The header as it lies in the file: padded so that the tensors after it are aligned."""
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return text + b" " * (-len(text) % 8)

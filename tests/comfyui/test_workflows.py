@@ -11,7 +11,17 @@ from PIL import Image
 
 from tests.comfyui.server import ROOT, Server
 
-NODES = ("AccVideoStudentLoader", "AccVideoTinyModels", "AccVideoSampler", "AccVideoSigmas")
+NODES = (
+    "AccVideoStudentLoader",
+    "AccVideoTinyModels",
+    "AccVideoLoraStack",
+    "AccVideoLoraApply",
+    "AccVideoLoraMerge",
+    "AccVideoLoraExtract",
+    "AccVideoSampler",
+    "AccVideoSigmas",
+)
+NOTES = ("Note", "MarkdownNote")  # of the front end alone
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str, "COMFY_DYNAMICCOMBO_V3": str}
 
@@ -40,19 +50,24 @@ def as_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
     assert workflow["last_node_id"] == max(nodes) and workflow["last_link_id"] == max(links)
     prompt = {}
     for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            assert not node["inputs"] and not node["outputs"]
+            continue
         declared = inputs_of(node_types[node["type"]])
         filled: dict[str, Any] = {}
         for slot, socket in enumerate(node["inputs"]):
             kind, _ = declared[socket["name"]]
-            assert kind == socket["type"] and kind not in WIDGETS
+            # A widget has a socket only where something is linked to it.
+            assert kind == socket["type"] and (kind in WIDGETS) == ("widget" in socket)
+            assert "widget" not in socket or (socket["widget"] == {"name": socket["name"]} and socket["link"] is not None)
             if socket["link"] is None:
                 assert socket["name"] in node_types[node["type"]]["input"]["optional"]
                 continue
             _, source, source_slot, target, target_slot, link_kind = links.pop(socket["link"])
-            assert (target, target_slot, link_kind) == (node["id"], slot, kind)
+            assert (target, target_slot) == (node["id"], slot) and kind in (link_kind, "*")
             output = nodes[source]["outputs"][source_slot]
-            assert socket["link"] in output["links"] and output["type"] == kind
-            assert node_types[nodes[source]["type"]]["output"][source_slot] == kind
+            assert socket["link"] in output["links"] and output["type"] == link_kind
+            assert node_types[nodes[source]["type"]]["output"][source_slot] == link_kind
             filled[socket["name"]] = [str(source), source_slot]
         values = list(node["widgets_values"])
         for name, (kind, options) in declared.items():
@@ -60,6 +75,8 @@ def as_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
                 continue
             value = values.pop(0)
             assert isinstance(value, WIDGETS[kind]), (node["type"], name, value)
+            if name in filled:  # linked: what the widget shows is not used
+                continue
             if kind == "COMBO" and options.get("options"):
                 assert value in options["options"]
             if options.get("control_after_generate"):

@@ -35,7 +35,7 @@ FLOORS = (
     {"distill"},
     {"tiny"},
     {"studies"},
-    {"comfy_client", "cli"},
+    {"comfy_client", "cli", "inspect"},
     {"__main__"},
 )
 FLOOR_OF = {part: height for height, parts in enumerate(FLOORS) for part in parts}
@@ -161,7 +161,7 @@ def test_importing_the_library_imports_no_comfyui_and_starts_nothing() -> None:
     assert run.returncode == 0, run.stderr
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert loaded.isdisjoint({"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution"})
-    assert loaded.isdisjoint({"matplotlib", "tensorboard", "transformers", "diffusers", "sageattention"})
+    assert loaded.isdisjoint({"matplotlib", "tensorboard", "transformers", "diffusers", "sageattention", "gguf"})
 
 
 def test_no_module_of_this_run_is_the_repository_root() -> None:
@@ -207,7 +207,7 @@ def test_dependencies_have_lower_bounds_and_development_pins_them_all() -> None:
             name, version = line.split("==")
             pins[canonicalize_name(name)] = version
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"text", "train", "sage", "dev"}
+    assert set(extras) == {"text", "train", "gguf", "sage", "dev"}
     for requirement in map(Requirement, [*PROJECT["dependencies"], *(line for lines in extras.values() for line in lines)]):
         if requirement.marker and not requirement.marker.evaluate():
             continue

@@ -1,0 +1,73 @@
+"""Which naming and prefix explain a file's tensor names; what is no such model is refused by what its names look like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .layouts import HUNYUAN, PREFIXES, SIGNATURE, Layout, Place, some
+from .wan import WAN
+
+LAYOUTS: tuple[Layout, ...] = (*HUNYUAN, *WAN)
+
+_LORA = r"(\.|_)lora_(A|B|up|down|mid)\.|\.lora_[AB]$|\.(hada|lokr)_w\d|\.dora_scale$|\.lora\.(up|down)\."
+# (what it is, how its names show it). The first that matches any name is what the error says.
+_REFUSED_NAMES: tuple[tuple[str, str], ...] = (
+    ("a LoRA, not a whole model", _LORA),
+    ("weights of bitsandbytes", r"\.weight\.(absmax|quant_map|quant_state)\b|\.SCB$"),
+    ("HunyuanVideo 1.5", r"(^|\.)(byt5_in|vision_in|cond_type_embedding|time_r_in)\."),
+)
+_FOREIGN_NAMES: tuple[tuple[str, str], ...] = (
+    ("Flux", r"(^|\.)(double_blocks\.\d+\.img_attn\.|transformer_blocks\.\d+\.norm1_context\.)"),
+    ("Stable Diffusion", r"(^|\.)(input_blocks|output_blocks|down_blocks|up_blocks|middle_block|joint_blocks)\."),
+    ("LTX or another diffusers transformer", r"(^|\.)transformer_blocks\.\d+\."),
+    ("a VAE", r"(^|\.)(decoder|encoder)\.(conv_in|conv1|mid|middle|up|down|upsamples|up_blocks|down_blocks)\b"),
+    ("a text encoder", r"(^|\.)(text_model|embed_tokens|token_embedding|shared)\b|layers\.\d+\.(self_attn|mlp)\.\w+_proj\."),
+)
+_SIGNATURES: tuple[str, ...] = (
+    re.escape(SIGNATURE),
+    r"context_embedder\.token_refiner\.",
+    r"blocks\.\d+\.cross_attn\.(norm_)?[qk]\.",
+    r"condition_embedder\.(time_proj|text_embedder)\b",
+)
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether the names are those of a LoRA."""
+    return any(re.search(_LORA, name) for name in names)
+
+
+def recognise(names: Iterable[str]) -> tuple[Layout, str, dict[str, Place | None]]:
+    """Find the naming and the prefix that explain most of `names`.
+
+    Returns (layout, prefix, {stored name: its place, or None where it belongs to no tensor of the network}).
+    Raises ValueError saying what the names look like if they are not of a layout that can be read.
+    """
+    names = list(names)
+    for what, pattern in _REFUSED_NAMES:
+        seen = next((n for n in names if re.search(pattern, n)), None)
+        if seen is not None:
+            raise ValueError(f"it holds {what} (tensor {seen}), which is not read as a checkpoint")
+    signed = next((f for n in names for s in _SIGNATURES if (f := re.search(s, n))), None)
+    if signed is None:
+        seen_as = next((f"{what} (tensor {n})" for what, p in _FOREIGN_NAMES for n in names if re.search(p, n)), None)
+        raise ValueError(
+            f"it looks like {seen_as}, not HunyuanVideo or Wan 2.1"
+            if seen_as
+            else f"its tensors ({some(names)}) are neither HunyuanVideo's nor Wan 2.1's"
+        )
+
+    def translate(layout: Layout, prefix: str) -> dict[str, Place | None]:
+        return {n: layout.place(n[len(prefix) :]) if n.startswith(prefix) else None for n in names}
+
+    def score(choice: tuple[Layout, str, dict[str, Place | None]]) -> int:
+        return sum(place is not None for place in choice[2].values())
+
+    choices = [(layout, prefix, translate(layout, prefix)) for layout in LAYOUTS for prefix in PREFIXES]
+    layout, prefix, table = max(choices, key=score)
+    if not any(table.values()):
+        stem = signed.string[: signed.start()]
+        raise ValueError(
+            f"its names begin with {stem!r}, a prefix that is not known (known: {', '.join(p for p in PREFIXES if p)})"
+        )
+    return layout, prefix, table

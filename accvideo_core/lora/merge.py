@@ -1,0 +1,269 @@
+"""A checkpoint with LoRAs merged into it, written tensor by tensor.
+
+For every tensor W the merged one is W + sum over LoRAs of strength * difference(W), summed in fp32 (`arithmetic.py`) and rounded
+once to what it is stored as (`storage.py`). One thread reads ahead, one adds, one writes, so the disk sets the pace; memory is
+that of a few tensors, not of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.layouts import some
+from ..checkpoint.quantised import QUANTISATION_METADATA
+from ..checkpoint.safetensors_file import stream_safetensors
+from ..errors import InvalidValueError, LoraError
+from ..files import check_output
+from .adapters import LoraModule
+from .blocks import Blocks, parse_blocks
+from .formats import Lora, read_lora
+from .names import HUNYUAN_VIDEO, WAN
+from .storage import DTYPES, Storage, Target
+from .streaming import ahead, sha256_of
+
+RECORD = "accvideo_merge"
+"""The metadata key under which a merged file says what it was made of, as JSON."""
+
+_USE = re.compile(
+    r"(?P<path>.+?)(?::(?P<strength>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)?(?::(?P<blocks>[^:]*))?)?", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """A LoRA file, how strongly it is applied, and where."""
+
+    path: Path
+    strength: float = 1.0
+    blocks: Blocks = field(default_factory=Blocks)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise InvalidValueError(f"the strength of {self.path} is {self.strength}; choose a number, 1 for the LoRA as it is")
+
+    def factor(self, tensor: str) -> float:
+        """What the LoRA's difference of an original tensor is multiplied by."""
+        return self.strength * self.blocks.factor(tensor)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was merged: tensors of the base, those that changed, and for each LoRA the tensors applied and left out (name:
+    why)."""
+
+    path: Path
+    tensors: int
+    changed: int
+    bytes: int
+    applied: tuple[tuple[LoraUse, int], ...]
+    left_out: Mapping[str, str]
+    metadata: Mapping[str, str]
+
+
+def parse_lora_use(text: str) -> LoraUse:
+    """`path[:strength[:blocks]]`, as the command line has it. InvalidValueError for blocks that are not understood."""
+    if Path(text).exists():
+        return LoraUse(Path(text))
+    found = _USE.fullmatch(text)
+    assert found is not None or not text, text
+    if found is None:
+        raise InvalidValueError("an empty name of a LoRA; write path[:strength[:blocks]]")
+    return LoraUse(Path(found["path"]), float(found["strength"] or 1), parse_blocks(found["blocks"] or ""))
+
+
+def merge_lora(
+    base: str | Path,
+    loras: Sequence[LoraUse | str | Path],
+    out: str | Path,
+    *,
+    dtype: Storage | torch.dtype | None = None,
+    overwrite: bool = False,
+    allow_unmatched: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeReport:
+    """Write `base` with `loras` merged into it to `out`, under original names as safetensors; all or nothing.
+
+    loras            files, each with strength and blocks; several add up, each from the base's own weights
+    dtype            what is stored (`storage.DTYPES` has them by name); None keeps each tensor's dtype or quantisation
+    overwrite        replace an `out` that exists
+    allow_unmatched  leave out what a LoRA holds for modules that the base lacks or nobody knows (named in the report)
+    progress         called with (bytes read, bytes in all); an exception it raises ends the merge and leaves nothing behind
+    Raises LoraError for LoRAs that do not fit, CheckpointError for the base, OutputError for the output, each before anything
+    long begins where it can be known.
+    """
+    base, out = Path(base), Path(out)
+    uses = [use if isinstance(use, LoraUse) else LoraUse(Path(use)) for use in loras]
+    if not uses:
+        raise InvalidValueError("there is no LoRA to merge; name at least one")
+    check_output(out, inputs := [base, *(use.path for use in uses)], overwrite)
+    storage = Storage(dtype) if isinstance(dtype, torch.dtype) else dtype
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(base))
+        opened = [(use, stack.enter_context(read_lora(use.path, allow_unmatched))) for use in uses]
+        plan, applied, left_out = _plan(checkpoint, opened, allow_unmatched)
+        target = Target(checkpoint, storage)
+        entries = target.entries()
+        size = sum(math.prod(shape) * kind.itemsize for kind, shape in entries.values())
+        check_output(out, inputs, overwrite, size)
+        hashes = stack.enter_context(ThreadPoolExecutor(1, "accvideo-hash"))
+        stopped = threading.Event()
+        stack.callback(stopped.set)
+        base_hash = hashes.submit(sha256_of, base, stopped)
+        record = _Record(base, opened)
+        metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTISATION_METADATA}
+        metadata[RECORD] = record.text("0" * 64)
+        read = stack.enter_context(closing(ahead(_read_all(checkpoint))))
+        merged = stack.enter_context(closing(ahead(_merge_all(read, plan, target))))
+        tensors = chain(target.marker(), _reporting(merged, checkpoint, progress))
+        stream_safetensors(out, entries, tensors, metadata, late=lambda: {RECORD: record.text(base_hash.result())})
+        metadata[RECORD] = record.text(base_hash.result())
+    return MergeReport(out, len(checkpoint.keys()), len(plan), size, tuple(applied), left_out, metadata)
+
+
+def _plan(
+    checkpoint: Checkpoint, opened: Sequence[tuple[LoraUse, Lora]], allow_unmatched: bool
+) -> tuple[dict[str, list[tuple[float, LoraModule]]], list[tuple[LoraUse, int]], dict[str, str]]:
+    """({tensor: what is added to it}, tensors applied of each LoRA, {what is left out: why}); everything checked by shape."""
+    family = WAN if checkpoint.family.startswith(WAN) else HUNYUAN_VIDEO
+    keys = set(checkpoint.keys())
+    plan: dict[str, list[tuple[float, LoraModule]]] = {}
+    applied: list[tuple[LoraUse, int]] = []
+    left_out: dict[str, str] = {}
+    for use, lora in opened:
+        if lora.family != family:
+            raise LoraError(f"{use.path} is for {lora.family} but {checkpoint.path} is a {family} model; choose a LoRA for it")
+        missing = [name for name in lora.modules if name not in keys]
+        if missing and not allow_unmatched:
+            raise LoraError(
+                f"{use.path} changes {len(missing)} tensors that {checkpoint.path} does not have ({some(missing)}); it is for a "
+                "larger model, or allow unmatched keys to leave them out"
+            )
+        if unused := use.blocks.unused(checkpoint.keys()):
+            raise InvalidValueError(f"blocks {use.blocks.text!r}: {checkpoint.path} has nothing at {', '.join(unused)}")
+        left_out |= {f"{use.path.name}: {name}": "the base has no such tensor" for name in missing}
+        left_out |= {f"{use.path.name}: {key}": "not understood" for key in lora.unmatched}
+        left_out |= {f"{use.path.name}: {key}": reason for key, reason in lora.ignored.items()}
+        count = 0
+        for name, module in lora.modules.items():
+            if name in keys:
+                module.check(checkpoint.shape(name))
+                if (factor := use.factor(name)) != 0:
+                    plan.setdefault(name, []).append((factor, module))
+                    count += 1
+                else:
+                    left_out[f"{use.path.name}: {name}"] = "its strength is 0 there"
+        applied.append((use, count))
+    return plan, applied, left_out
+
+
+def _read_all(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    for key in checkpoint:
+        yield key, checkpoint.read(key)
+
+
+Encoded = tuple[str, list[tuple[str, torch.Tensor]]]
+
+
+def _merge_all(
+    tensors: Iterable[tuple[str, torch.Tensor]], plan: Mapping[str, Sequence[tuple[float, LoraModule]]], target: Target
+) -> Iterator[Encoded]:
+    """(tensor of the base, what is stored of it)."""
+    for key, weight in tensors:
+        yield key, target.encode(key, weight, plan.get(key, ()))
+
+
+def _reporting(
+    merged: Iterable[Encoded], checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is stored, telling `progress` in the caller's own thread how much of the base is done."""
+    total, done = sum(checkpoint.nbytes(key) for key in checkpoint), 0
+    for key, stored in merged:
+        yield from stored
+        done += checkpoint.nbytes(key)
+        if progress is not None:
+            progress(done, total)
+
+
+class _Record:
+    """What the merged file says of its making."""
+
+    def __init__(self, base: Path, opened: Sequence[tuple[LoraUse, Lora]]) -> None:
+        self._base = base.name
+        self._loras = [
+            {"file": use.path.name, "sha256": sha256_of(lora.path), "strength": use.strength, "blocks": use.blocks.text}
+            for use, lora in opened
+        ]
+
+    def text(self, base_hash: str) -> str:
+        return json.dumps({"base": {"file": self._base, "sha256": base_hash}, "loras": self._loras})
+
+
+@dataclass(frozen=True)
+class MergeArgs:
+    """Write a checkpoint with LoRAs merged into it."""
+
+    base: tyro.conf.Positional[Path]
+    """The model, in any layout `accvideo inspect` reads."""
+    lora: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(aliases=["-l"], metavar="PATH[:STRENGTH[:BLOCKS]]")]
+    """A LoRA, its strength (default 1) and its blocks, for example style.safetensors:0.8:double.0-9,single=0.5; may be
+    repeated."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The file to write."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "scaled_fp8"] = "keep"
+    """What the values are stored as; keep leaves every tensor its own. Both kinds of fp8 are for the weights of Linears:
+    fp8_e4m3fn rounds what changed by chance, scaled_fp8 gives each a scale."""
+    allow_unmatched: bool = False
+    """Leave out what belongs to no tensor of the base, instead of refusing."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+def run(args: MergeArgs) -> int:
+    """Merge and print the report; 0 when written."""
+    uses = [parse_lora_use(text) for text in args.lora]
+    with tqdm(unit="B", unit_scale=True, desc="merge", leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        report = merge_lora(
+            args.base,
+            uses,
+            args.out,
+            dtype=DTYPES[args.dtype],
+            overwrite=args.overwrite,
+            allow_unmatched=args.allow_unmatched,
+            progress=advance,
+        )
+    if args.json:
+        loras = [
+            {"file": str(use.path), "strength": use.strength, "blocks": use.blocks.text, "tensors": n}
+            for use, n in report.applied
+        ]
+        said = {"path": str(report.path), "tensors": report.tensors, "changed": report.changed, "bytes": report.bytes}
+        print(json.dumps({**said, "loras": loras, "left_out": dict(report.left_out)}, indent=2))
+        return 0
+    for use, count in report.applied:
+        print(f"{use.path}: {count} tensors, strength {use.strength:g}, blocks {use.blocks.text}")
+    for name, reason in report.left_out.items():
+        print(f"left out    {name}: {reason}")
+    print(f"{report.path}: {report.changed} of {report.tensors} tensors changed, {report.bytes / 1e9:,.2f} GB")
+    return 0

@@ -1,0 +1,175 @@
+"""Loading a checkpoint into CPU tensors: ours against safetensors' own loader, cold and warm, and streaming the full 13 B.
+
+    python benchmarks/load.py --json docs/benchmarks/load.json        # needs 26 GB of disk, 10 GB of memory
+    python benchmarks/load.py --gb 0.3 --stream-gb 0.6 --repeats 3    # a small proof
+
+Every load runs in a process of its own, which tells seconds (open to last tensor in memory) and peak memory; the two are
+measured in turn, so that what the machine does meanwhile falls on both. Cold evicts the file from the page cache first
+(posix_fadvise). safetensors maps the file, so its tensors are in memory only once touched: each side's tensors are copied into
+memory of their own, as any use of them does. The ratio is safetensors' time over ours: above 1 we are faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from paired import bootstrap
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accvideo_core.checkpoint import expected_shapes, open_checkpoint, stream_safetensors
+from accvideo_core.dit import DiTConfig
+
+GOAL, STREAM_GOAL = 0.97, 1e9
+FULL = DiTConfig.hunyuan_video()
+
+
+def config_of(gigabytes: float) -> DiTConfig:
+    """The released network with as many blocks as make a bf16 file of this size, or a narrow one for a small proof."""
+    width = 3072 if gigabytes > 3 else 768
+    blocks = 1
+    while True:
+        config = DiTConfig(width, width // 128, depth_double=blocks, depth_single=2 * blocks, text_dim=4096)
+        shapes = expected_shapes(config).values()
+        if config.depth_double >= FULL.depth_double or 2e-9 * sum(map(math.prod, shapes)) >= gigabytes:
+            return config
+        blocks += 1
+
+
+def write(path: Path, config: DiTConfig) -> int:
+    """Random bf16 weights, one block of values repeated: what is in them does not matter to a loader. Returns the bytes."""
+    pool = torch.randn(1 << 22).bfloat16()
+    shapes = expected_shapes(config)
+
+    def values(shape: tuple[int, ...]) -> torch.Tensor:
+        count = math.prod(shape)
+        return pool.repeat(-(-count // len(pool)))[:count].view(shape)
+
+    entries = {name: (torch.bfloat16, shape) for name, shape in shapes.items()}
+    stream_safetensors(path, entries, ((name, values(shape)) for name, shape in sorted(shapes.items())))
+    return path.stat().st_size
+
+
+def evict(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def peak_rss() -> int:
+    """Most bytes resident so far (VmHWM), mapped files included."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def load(kind: str, path: Path) -> dict[str, Any]:
+    """In the worker: seconds, bytes, peak memory above the start."""
+    from safetensors import safe_open
+
+    gc.collect()
+    before, begun = peak_rss(), time.perf_counter()
+    if kind == "ours":
+        with open_checkpoint(path) as checkpoint:
+            state = checkpoint.state_dict()
+    elif kind == "safetensors":
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    else:
+        with open_checkpoint(path) as checkpoint:
+            seen = sum(checkpoint.read(key).numel() * 2 for key in checkpoint)
+        return {"seconds": time.perf_counter() - begun, "bytes": seen, "peak": peak_rss() - before, "rss": peak_rss()}
+    seconds = time.perf_counter() - begun
+    return {"seconds": seconds, "bytes": sum(t.nbytes for t in state.values()), "peak": peak_rss() - before, "rss": peak_rss()}
+
+
+def measure(kind: str, path: Path, cold: bool) -> dict[str, Any]:
+    if cold:
+        evict(path)
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", kind, str(path)], capture_output=True, text=True, check=True, cwd=Path.cwd()
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(path: Path, cold: bool, repeats: int) -> dict[str, Any]:
+    """Paired: each repeat measures both, in alternating order."""
+    if not cold:
+        measure("ours", path, False)
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "safetensors": []}
+    for repeat in range(repeats):
+        for kind in sorted(runs, reverse=bool(repeat % 2)):
+            runs[kind].append(measure(kind, path, cold))
+    ratios = [theirs["seconds"] / ours["seconds"] for ours, theirs in zip(runs["ours"], runs["safetensors"], strict=True)]
+    size = runs["ours"][0]["bytes"]
+    result: dict[str, Any] = {
+        "cache": "cold" if cold else "warm",
+        "ratio": statistics.median(ratios),
+        "interval": bootstrap(ratios),
+    }
+    for kind, found in runs.items():
+        result[kind] = {
+            "seconds": statistics.median(run["seconds"] for run in found),
+            "gb_per_s": size / 1e9 / statistics.median(run["seconds"] for run in found),
+            "peak_above_start_over_file": max(run["peak"] for run in found) / size,
+        }
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=8.0, help="size of the file that is loaded whole, GB of 10^9 bytes")
+    parser.add_argument("--stream-gb", type=float, default=25.6, help="size of the file that is read key by key; 0 leaves it out")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where the files are made (default: a temporary folder)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(load(args.worker[0], Path(args.worker[1]))))
+        return 0
+    report: dict[str, Any] = {"goal": GOAL, "repeats": args.repeats, "torch": torch.__version__, "threads": os.cpu_count()}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        path = Path(folder) / "load.safetensors"
+        report["bytes"] = write(path, config_of(args.gb))
+        report["loads"] = [compare(path, cold, args.repeats) for cold in (True, False)]
+        path.unlink()
+        if args.stream_gb:
+            config = FULL if args.stream_gb >= 25 else config_of(args.stream_gb)
+            size = write(path, config)
+            report["stream"] = measure("stream", path, cold=True) | {"file_bytes": size}
+    print(f"{report['bytes'] / 1e9:.2f} GB of bf16, {args.repeats} paired repeats")
+    print("| Cache | Ours, s | GB/s | peak / file | safetensors, s | GB/s | peak / file | Ratio (95 % interval) |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in report["loads"]:
+        sides = " | ".join(
+            f"{row[k]['seconds']:.2f} | {row[k]['gb_per_s']:.2f} | {row[k]['peak_above_start_over_file']:.3f}"
+            for k in ("ours", "safetensors")
+        )
+        print(f"| {row['cache']} | {sides} | {row['ratio']:.3f} ({row['interval'][0]:.3f} to {row['interval'][1]:.3f}) |")
+    good = all(row["ratio"] >= GOAL for row in report["loads"])
+    if "stream" in report:
+        stream = report["stream"]
+        told = f"{stream['seconds']:.1f} s, peak {stream['rss'] / 1e9:.3f} GB resident"
+        print(f"streaming {stream['bytes'] / 1e9:.2f} GB key by key: {told}")
+        good &= stream["rss"] < STREAM_GOAL
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
