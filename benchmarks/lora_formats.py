@@ -56,7 +56,8 @@ def wan_weights(folder: Path, blocks: int) -> dict[str, Tensor]:
     """The small Wan of the tests with more blocks."""
     small_wan(folder / "one_block.safetensors")
     one = load_file(folder / "one_block.safetensors")
-    return {n.replace("blocks.0.", f"blocks.{i}."): t for n, t in one.items() for i in range(blocks if "blocks.0." in n else 1)}
+    names = [(n, i) for n in one for i in range(blocks if "blocks.0." in n else 1)]
+    return {n.replace("blocks.0.", f"blocks.{i}."): one[n].clone() for n, i in names}
 
 
 def count(args: Args, checkout: Path) -> list[dict[str, Any]]:

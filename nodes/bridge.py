@@ -15,7 +15,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import comfy.lora
 import comfy.model_management
@@ -35,6 +35,7 @@ import node_helpers
 import torch
 from tqdm.auto import tqdm
 
+from ..accvideo_core.checkpoint import FLOAT8
 from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError, LoraError
 from ..accvideo_core.sampling import Step, euler_flow
 
@@ -42,8 +43,12 @@ log = logging.getLogger("accvideo")
 
 
 def diffusion_model_files() -> list[str]:
-    """Names, as ComfyUI lists them, of the files in its `diffusion_models` folders."""
-    return folder_paths.get_filename_list("diffusion_models")
+    """Names of the weight files in ComfyUI's `diffusion_models` folders: those it lists, and GGUF files and indices of shards."""
+    names = folder_paths.get_filename_list("diffusion_models")
+    for folder in map(Path, folder_paths.get_folder_paths("diffusion_models")):
+        for pattern in ("*.gguf", "*.safetensors.index.json", "*.bin.index.json"):
+            names = [*names, *(str(path.relative_to(folder)) for path in sorted(folder.rglob(pattern)))]
+    return list(dict.fromkeys(names))
 
 
 def diffusion_model_path(name: str) -> Path:
@@ -69,32 +74,79 @@ def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
 # ---- MODEL ----------------------------------------------------------------------------------------------------------
 
 
-def load_model(
-    read_state: Callable[[], dict[str, torch.Tensor]],
-    source: str,
-    dtype: torch.dtype | None = None,
-    disable_dynamic: bool = False,
-) -> comfy.model_patcher.ModelPatcher:
-    """A native MODEL from tensors in original Tencent naming.
+HOLDS_QUANTISED = hasattr(comfy.utils, "convert_old_quants")
+"""Whether this ComfyUI reads scales module by module (`.comfy_quant`) and keeps the tensors it is given; 0.3.64 does neither."""
 
-    read_state  gives a fresh dict of name -> tensor; kept by the MODEL, because newer ComfyUI reloads a model from its
-                source when it needs a second, plain copy (weight hooks, several GPUs)
-    source      what the tensors were read from, for the error message
-    dtype       storage dtype of the weights; None leaves the choice to ComfyUI
+
+class Weights(Protocol):
+    """What a MODEL is made from. It is kept by the MODEL, because newer ComfyUI loads a model again from its source when it
+    needs a second, plain copy (weight hooks, several GPUs)."""
+
+    source: str
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor in original naming, real."""
+
+    def outline(self) -> dict[str, torch.Tensor] | None:
+        """The same names, shapes and dtypes without memory (what is small may be real), or None: give `state` instead."""
+
+    def fill(self, give: Callable[[str, torch.Tensor], None]) -> None:
+        """Call `give(name, tensor)` for every tensor of the outline, one after the other."""
+
+
+def load_model(
+    weights: Weights, dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> comfy.model_patcher.ModelPatcher:
+    """A native MODEL from weights in original naming (Tencent's, or Wan's own).
+
+    ComfyUI copies the tensors it is given into a network of its own, unless it manages memory dynamically. So it is given an
+    outline, and the network it makes is filled tensor by tensor: the peak is the network and one tensor.
+    dtype  storage dtype of the weights; None leaves the choice to ComfyUI
     Raises CheckpointError when this ComfyUI does not recognise the model.
     """
+    plain = comfy.model_patcher.ModelPatcher
+    dynamic = not disable_dynamic and getattr(comfy.model_patcher, "CoreModelPatcher", plain) is not plain
+    outline = None if dynamic else weights.outline()
     model = _call(
         comfy.sd.load_diffusion_model_state_dict,
-        sd=read_state(),
+        sd=weights.state() if outline is None else outline,
         model_options={} if dtype is None else {"dtype": dtype},
         disable_dynamic=disable_dynamic,
     )
     if model is None:
         raise CheckpointError(
-            f"ComfyUI does not recognise the model in {source}; update ComfyUI, or check the file with `accvideo inspect`"
+            f"ComfyUI does not recognise the model in {weights.source}; update ComfyUI, or check the file with `accvideo inspect`"
         )
-    model.cached_patcher_init = (load_model, (read_state, source, dtype))
+    if outline is not None:
+        _fill(model.model, weights)
+    model.cached_patcher_init = (load_model, (weights, dtype))
     return model
+
+
+@torch.no_grad()
+def _fill(model: Any, weights: Weights) -> None:
+    """Give the weights to the network of a BaseModel. ComfyUI's own renaming says where each original name lies in it."""
+    network = model.diffusion_model
+    scaled = not HOLDS_QUANTISED and getattr(model.model_config, "scaled_fp8", None) is not None
+
+    def give(name: str, tensor: torch.Tensor) -> None:
+        (native,) = model.model_config.process_unet_state_dict({name: name})
+        path, _, leaf = native.rpartition(".")
+        module = network.get_submodule(path)
+        parameter = getattr(module, leaf)
+        if parameter.dtype in FLOAT8 and tensor.dtype not in FLOAT8 and scaled:
+            # With scaled fp8, 0.3.64 makes every Linear's weight and bias fp8; what the file keeps finer stays finer.
+            setattr(module, leaf, torch.nn.Parameter(tensor.to(parameter.device), requires_grad=False))
+        else:
+            parameter.copy_(tensor)
+
+    weights.fill(give)
+
+
+def progress_bar(total: int) -> Callable[[int], None]:
+    """Shows `done` of `total` on the running node; raises where the user has cancelled."""
+    bar = comfy.utils.ProgressBar(total)
+    return lambda done: bar.update_absolute(done, total)
 
 
 def with_shift(model: comfy.model_patcher.ModelPatcher, shift: float) -> comfy.model_patcher.ModelPatcher:

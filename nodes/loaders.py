@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from comfy_api.latest import io
 
-from ..accvideo_core.checkpoint import open_checkpoint
 from ..accvideo_core.errors import CheckpointError, InvalidValueError
 from ..accvideo_core.schedule import get_preset
 from . import bridge
+from .weights import StudentWeights
 
+log = logging.getLogger("accvideo")
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {"default": None, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 
 
 def load_student(path: Path, dtype: torch.dtype | None = None) -> tuple[object, str]:
     """(native MODEL with its family's shift, family) of any weight file `accvideo_core.checkpoint` reads."""
-
-    with open_checkpoint(path) as checkpoint:  # refused here, by name, before anything large is read
-        family, stored = checkpoint.family, checkpoint.stored_names
-
-    def read_state() -> dict[str, torch.Tensor]:
-        tensors = bridge.read_tensors(path)
-        return {original: tensors[name] for original, name in stored.items()}
-
-    return bridge.with_shift(bridge.load_model(read_state, str(path), dtype), get_preset(family).shift), family
+    weights = StudentWeights(path, dtype)
+    for note in weights.notes:
+        log.info("AccVideo: %s: %s", path.name, note)
+    model = bridge.load_model(weights, weights.storage_dtype)
+    return bridge.with_shift(model, get_preset(weights.family).shift), weights.family
 
 
 def file_state(path: Path) -> str:
     """Changes when a file is written again: under the same name it is then another model, not the one ComfyUI cached."""
-    try:
-        state = path.stat()
-    except FileNotFoundError:
-        return "missing"
-    return f"{state.st_mtime_ns} {state.st_size}"
+    parts = [path, path.with_name(path.stem + "_map.pt")]  # Tencent's scales
+    if path.suffix == ".json":  # an index: its shards lie beside it
+        parts += sorted(path.parent.glob("*"))
+    states = [part.stat() for part in parts if part.is_file()]
+    return " ".join(f"{state.st_mtime_ns} {state.st_size}" for state in states) or "missing"
 
 
 def preview_colours(vae: torch.nn.Module, clips: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,21 +60,22 @@ class AccVideoStudentLoader(io.ComfyNode):
             display_name="AccVideo Student Loader",
             category="AccVideo",
             description=(
-                "Loads a HunyuanVideo transformer (an AccVideo student or its teacher) as a native model, checked tensor by "
-                "tensor, with the shift of its family. LoRA, offloading and every sampler work with it."
+                "Loads a HunyuanVideo or Wan 2.1 transformer (an AccVideo student or its teacher) as a native model, checked "
+                "tensor by tensor, with the shift of its family. LoRA, offloading and every sampler work with it."
             ),
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=bridge.diffusion_model_files(),
-                    tooltip="Weight file in ComfyUI's models/diffusion_models folder: safetensors, original or ComfyUI names.",
+                    tooltip="Weight file in ComfyUI's models/diffusion_models folder: safetensors, .pt, GGUF or an index of "
+                    "shards, in original, ComfyUI's or diffusers' names.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="How weights are kept in memory. default: ComfyUI chooses for your device; bf16: 25.6 GB for "
-                    "the 13 B model; fp8_e4m3fn: 12.8 GB, slightly different results.",
+                    tooltip="How weights are kept in memory. default: ComfyUI chooses for your device, scaled fp8 stays as it "
+                    "is; bf16: 25.6 GB for the 13 B model; fp8_e4m3fn: 12.8 GB, slightly different results.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Native MODEL with its family's shift already set.")],

@@ -194,5 +194,5 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtraError("GGUF files need the gguf package; install it: pip install accvideo[gguf]") from error
+        raise MissingExtraError("GGUF files need the gguf package; install it: pip install gguf (or accvideo[gguf])") from error
     return gguf

@@ -102,3 +102,11 @@ def find_in_folder(folder: Path) -> Path:
     found = ", ".join(path.name for path in (indices or files)[:10])
     what = "several indices" if indices else "several weight files and no index"
     raise CheckpointError(f"{folder} has {what} ({found}); name the one to use")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights `path` names: itself, or an index and its shards."""
+    path = find_in_folder(path) if path.is_dir() else path
+    return (
+        [path] if path.suffix != ".json" else [path, *(path.parent / name for name in dict.fromkeys(_read_index(path).values()))]
+    )

@@ -27,6 +27,7 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layouts import some
 from ..checkpoint.quantised import QUANTISATION_METADATA
 from ..checkpoint.safetensors_file import stream_safetensors
+from ..checkpoint.shards import weight_files
 from ..errors import InvalidValueError, LoraError
 from ..files import check_output
 from .adapters import LoraModule
@@ -110,7 +111,8 @@ def merge_lora(
     uses = [use if isinstance(use, LoraUse) else LoraUse(Path(use)) for use in loras]
     if not uses:
         raise InvalidValueError("there is no LoRA to merge; name at least one")
-    check_output(out, inputs := [base, *(use.path for use in uses)], overwrite)
+    inputs = [*(weight_files(base) if base.exists() else [base]), *(use.path for use in uses)]
+    check_output(out, inputs, overwrite)
     storage = Storage(dtype) if isinstance(dtype, torch.dtype) else dtype
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(base))
@@ -123,7 +125,7 @@ def merge_lora(
         hashes = stack.enter_context(ThreadPoolExecutor(1, "accvideo-hash"))
         stopped = threading.Event()
         stack.callback(stopped.set)
-        base_hash = hashes.submit(sha256_of, base, stopped)
+        base_hash = hashes.submit(sha256_of, weight_files(base), stopped)
         record = _Record(base, opened)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTISATION_METADATA}
         metadata[RECORD] = record.text("0" * 64)
@@ -205,7 +207,7 @@ class _Record:
     def __init__(self, base: Path, opened: Sequence[tuple[LoraUse, Lora]]) -> None:
         self._base = base.name
         self._loras = [
-            {"file": use.path.name, "sha256": sha256_of(lora.path), "strength": use.strength, "blocks": use.blocks.text}
+            {"file": use.path.name, "sha256": sha256_of([lora.path]), "strength": use.strength, "blocks": use.blocks.text}
             for use, lora in opened
         ]
 

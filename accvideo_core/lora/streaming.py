@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -60,10 +60,9 @@ class _Made(Generic[_T]):
     error: BaseException | None = None
 
 
-def sha256_of(path: Path, stopped: threading.Event | None = None) -> str:
-    """sha256 of a file, or of a folder's files in the order of their names; "" if it was `stopped` on the way."""
+def sha256_of(files: Iterable[Path], stopped: threading.Event | None = None) -> str:
+    """sha256 of a file, or of several one after the other; "" if it was `stopped` on the way."""
     digest = hashlib.sha256()
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     for file in files:
         with open(file, "rb", buffering=0) as stream:
             while piece := stream.read(1 << 22):

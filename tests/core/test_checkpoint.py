@@ -23,47 +23,9 @@ from accvideo_core.checkpoint import (
 from accvideo_core.checkpoint.layouts import COMFYUI_NATIVE, HUNYUAN, ORIGINAL
 from accvideo_core.dit import Conditioning, DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoError, CheckpointError, OutputError
+from tests.checkpoint_files import PREFIXES, random_state, to_comfyui
 
 SMALL = DiTConfig(hidden_size=128, num_heads=1, depth_double=1, depth_single=2, text_dim=24, pooled_dim=20)
-
-# ComfyUI's own renaming of original names, in its order; ours must undo exactly this.
-COMFYUI_RENAMES = (
-    ("txt_in.t_embedder.mlp.0.", "txt_in.t_embedder.in_layer."),
-    ("txt_in.t_embedder.mlp.2.", "txt_in.t_embedder.out_layer."),
-    ("txt_in.c_embedder.linear_1.", "txt_in.c_embedder.in_layer."),
-    ("txt_in.c_embedder.linear_2.", "txt_in.c_embedder.out_layer."),
-    ("_mod.linear.", "_mod.lin."),
-    ("_attn_qkv.", "_attn.qkv."),
-    ("mlp.fc1.", "mlp.0."),
-    ("mlp.fc2.", "mlp.2."),
-    ("_attn_q_norm.weight", "_attn.norm.query_norm.weight"),
-    ("_attn_k_norm.weight", "_attn.norm.key_norm.weight"),
-    (".q_norm.weight", ".norm.query_norm.weight"),
-    (".k_norm.weight", ".norm.key_norm.weight"),
-    ("_attn_proj.", "_attn.proj."),
-    (".modulation.linear.", ".modulation.lin."),
-    ("_in.mlp.2.", "_in.out_layer."),
-    ("_in.mlp.0.", "_in.in_layer."),
-)
-
-
-def to_comfyui(name: str, norm_leaf: str = "weight") -> str:
-    for old, new in COMFYUI_RENAMES:
-        name = name.replace(old, new)
-    if name.endswith(("query_norm.weight", "key_norm.weight")):
-        name = name.removesuffix("weight") + norm_leaf
-    return name
-
-
-def random_state(config: DiTConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Non-trivial values for every tensor, small enough for a stable network."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, shape in expected_shapes(config).items():
-        value = torch.randn(shape, generator=generator)
-        is_norm = len(shape) == 1 and "norm" in name and name.endswith("weight")
-        state[name] = (1 + 0.2 * value if is_norm else value * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)).to(dtype)
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +55,7 @@ def error_of(path: Path) -> str:
 
 
 class TestLayouts:
-    @pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "net."])
+    @pytest.mark.parametrize("prefix", PREFIXES)
     @pytest.mark.parametrize("naming", ["original", "native-weight", "native-scale"])
     def test_every_naming_and_prefix_opens_to_the_same_tensors(self, tmp_path, state, naming, prefix):
         leaf = naming.partition("-")[2] or "weight"

@@ -378,3 +378,24 @@ def test_time_is_given_while_it_works(tmp_path: Path, base: Path, lora: Path, ca
     began = time.monotonic()
     assert cli.main(["merge-lora", str(base), "-l", str(lora), "-o", str(tmp_path / "o.safetensors")]) == 0
     assert "merge" in capsys.readouterr().err and time.monotonic() - began < 60
+
+
+def test_a_base_in_shards_is_hashed_whole_and_protected(tmp_path: Path, base: Path, lora: Path) -> None:
+    state = load_file(base)
+    names = sorted(state)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, inside in shards.items():
+        save_file({name: state[name] for name in inside}, folder / file)
+    index = {"weight_map": {name: file for file, inside in shards.items() for name in inside}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "notes.txt").write_text("no weights")
+    report = merge_lora(folder, [lora], tmp_path / "sharded.safetensors")
+    whole = b"".join((folder / file).read_bytes() for file in ("model.safetensors.index.json", *shards))
+    assert json.loads(report.metadata["accvideo_merge"])["base"]["sha256"] == hashlib.sha256(whole).hexdigest()
+    merge_lora(base, [lora], tmp_path / "single.safetensors")
+    one, other = load_file(tmp_path / "sharded.safetensors"), load_file(tmp_path / "single.safetensors")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(OutputError, match="one of the inputs"):
+        merge_lora(folder, [lora], folder / "b.safetensors", overwrite=True)
