@@ -32,7 +32,7 @@ Part = Literal["vae", "teacher", "student"]
 class TrainArgs:
     """Train one of the bundled tiny models. Run it again with the same --run folder to go on where it stopped.
 
-    On several cores or GPUs: torchrun --nproc-per-node 2 -m accvideo_core tiny train ... splits every batch."""
+    To split every batch among processes: torchrun --standalone --nproc-per-node 2 -m -- accvideo_core tiny train ..."""
 
     part: tyro.conf.Positional[Part]
     """What to train; the teacher needs a VAE, the student needs a teacher."""
