@@ -200,13 +200,14 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
             save(step + 1)
             saved = time.monotonic()
     save(max(start, steps))
-    if share.rank:
-        return []
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
-            parameter.copy_(mean)
-    paths = task.export(weights, max(start, steps))
-    task.sheet(args.run / args.part / "sheet.png")
+    paths: list[Path] = []
+    if share.rank == 0:
+        with torch.no_grad():
+            for parameter, mean in zip(parameters, average, strict=True):
+                parameter.copy_(mean)
+        paths = task.export(weights, max(start, steps))
+        task.sheet(args.run / args.part / "sheet.png")
+    share.wait()  # nobody goes on, to train the next part say, before the weights are there
     return paths
 
 

@@ -27,6 +27,7 @@ from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
 from tests.tiny_training import train, train_all
 
 EXAM = Path(os.environ.get("ACCVIDEO_EXAM") or Path(__file__).parents[3] / "shared" / "exam")
+ROOT = Path(__file__).parents[2]
 PROMPT = "a red ball moving left on a black background"
 
 
@@ -163,8 +164,9 @@ def test_two_processes_train_what_one_does(tmp_path):
     """torchrun with two processes, each with half of every batch, writes the weights of one process, up to rounding."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(Path(__file__).parents[1] / "tiny_training.py"), str(shared)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    command += [str(ROOT / "tests" / "tiny_training.py"), str(shared)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr[-2000:]
     train_all(alone)
     for name in ("vae", "text_encoder", "teacher", "student"):
