@@ -164,7 +164,7 @@ def test_an_fp8_model_takes_loras(server: Server, weights: Path, dtype: str, loa
     convert(weights_path("student", weights), path, "comfyui", dtype, overwrite=True)
     name = {"UNETLoader": "unet_name", "AccVideoStudentLoader": "file"}[loader]
     load = node(loader, **{name: path.name, "weight_dtype": "default"})
-    entry = stacked(put_lora(server, weights))
+    entry = stacked(put_lora(server, weights), strength=3.0)  # well above what fp8 rounds away
     (exact,) = server.latents(applying(entry), ["4", 0])
     prompt = applying(entry) | {"load": load}
     prompt["apply"]["inputs"]["model"] = ["load", 0]
