@@ -36,7 +36,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..accvideo_core.checkpoint import FLOAT8
-from ..accvideo_core.errors import AccVideoWarning, CheckpointError, InvalidValueError, LoraError
+from ..accvideo_core.errors import AccVideoError, AccVideoWarning, CheckpointError, InvalidValueError, LoraError
+from ..accvideo_core.progress import byte_progress
 from ..accvideo_core.sampling import Step, euler_flow
 
 log = logging.getLogger("accvideo")
@@ -53,10 +54,14 @@ def diffusion_model_files() -> list[str]:
 
 def diffusion_model_path(name: str) -> Path:
     """Where a file of `diffusion_model_files()` lies; CheckpointError when there is none of that name."""
-    path = folder_paths.get_full_path("diffusion_models", name)
+    return _listed_path("diffusion_models", name, CheckpointError)
+
+
+def _listed_path(kind: str, name: str, error: type[AccVideoError]) -> Path:
+    path = folder_paths.get_full_path(kind, name)
     if path is None:
-        folders = ", ".join(folder_paths.get_folder_paths("diffusion_models"))
-        raise CheckpointError(f"no file {name!r} in ComfyUI's diffusion_models folders; put it into one of {folders} and refresh")
+        folders = ", ".join(folder_paths.get_folder_paths(kind))
+        raise error(f"no file {name!r} in ComfyUI's {kind} folders; put it into one of {folders} and refresh")
     return Path(path)
 
 
@@ -188,11 +193,7 @@ def lora_files() -> list[str]:
 
 def lora_path(name: str) -> Path:
     """Where a file of `lora_files()` lies; LoraError when there is none of that name."""
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        folders = ", ".join(folder_paths.get_folder_paths("loras"))
-        raise LoraError(f"no file {name!r} in ComfyUI's loras folders; put it into one of {folders} and refresh")
-    return Path(path)
+    return _listed_path("loras", name, LoraError)
 
 
 def model_output(kind: str, name: str) -> tuple[Path, str]:
@@ -218,13 +219,12 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function of (bytes done, bytes in all) that moves the node's bar and the console's, and raises ComfyUI's own
     exception when the user has pressed cancel."""
     bar = comfy.utils.ProgressBar(1)
-    with tqdm(desc=what, unit="B", unit_scale=True) as console:
+    with byte_progress(what, leave=True) as console:
 
         def report(done: int, total: int) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             bar.update_absolute(done, total)
-            console.total = total
-            console.update(done - console.n)
+            console(done, total)
 
         yield report
 

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from ..errors import CheckpointError, InvalidValueError, OutputError
 from ..files import check_output
+from ..progress import byte_progress
 from .config import NetworkConfig
 from .layouts import COMFYUI_NATIVE, HUNYUAN_DIFFUSERS, ORIGINAL, Layout
 from .quantised import FLOAT8, MARKER, QUANTISATION_METADATA, all_finite, quantise_fp8, scale_name
@@ -328,12 +328,7 @@ class ConvertArgs:
 
 def run(args: ConvertArgs) -> int:
     """Convert and print what was written; 0. Errors as `convert` raises them."""
-    with tqdm(unit="B", unit_scale=True, desc="converting", leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress("converting") as progress:
         report = convert(
             args.file, args.out, args.layout, args.dtype, args.weights, args.overwrite, int(args.shard_gb * 1e9), progress
         )

@@ -106,27 +106,14 @@ class LoraPart:
 
     @staticmethod
     def _hada(shapes: Mapping[str, tuple[int, ...]], i: int) -> tuple[int, int]:
-        core = shapes.get(f"hada_t{i}")
-        (left, rank), (inner, columns) = _matrix(shapes[f"hada_w{i}_a"]), _matrix(shapes[f"hada_w{i}_b"])
-        if core is None:
-            _same(rank, inner)
-            return left, columns
-        # LyCORIS stores the left factor of a core transposed: (rank, out).
-        _same((left, inner), tuple(core[:2]))
-        return rank, columns * prod(core[2:])
+        return _product(shapes[f"hada_w{i}_a"], shapes[f"hada_w{i}_b"], shapes.get(f"hada_t{i}"))
 
     @staticmethod
     def _kron(shapes: Mapping[str, tuple[int, ...]], i: int) -> tuple[int, int]:
         if (whole := shapes.get(f"lokr_w{i}")) is not None:
             _same(i == 1 and len(whole) > 2, False)
             return _matrix(whole)
-        (left, rank), (inner, columns) = _matrix(shapes[f"lokr_w{i}_a"]), _matrix(shapes[f"lokr_w{i}_b"])
-        core = shapes.get("lokr_t2") if i == 2 else None
-        if core is None:
-            _same(rank, inner)
-            return left, columns
-        _same((left, inner), tuple(core[:2]))
-        return rank, columns * prod(core[2:])
+        return _product(shapes[f"lokr_w{i}_a"], shapes[f"lokr_w{i}_b"], shapes.get("lokr_t2") if i == 2 else None)
 
     @property
     def rank(self) -> int | None:
@@ -319,6 +306,17 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     if len(shape) < 2:
         raise ValueError(f"{shape} is not a matrix")
     return shape[0], prod(shape[1:])
+
+
+def _product(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...] | None) -> tuple[int, int]:
+    """Rows and columns of the product of two factors, with a core between them or none."""
+    (left, rank), (inner, columns) = _matrix(a), _matrix(b)
+    if core is None:
+        _same(rank, inner)
+        return left, columns
+    # LyCORIS stores the left factor of a core transposed: (rank, out).
+    _same((left, inner), tuple(core[:2]))
+    return rank, columns * prod(core[2:])
 
 
 def _same(a: object, b: object) -> None:

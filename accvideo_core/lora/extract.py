@@ -18,12 +18,12 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, open_checkpoint, write_safetensors
 from ..checkpoint.layouts import some
 from ..errors import InvalidValueError, LoraError
 from ..files import check_output
+from ..progress import byte_progress
 from .blocks import Blocks, parse_blocks
 from .factor import factor
 from .names import HUNYUAN_VIDEO, WAN
@@ -256,12 +256,7 @@ class ExtractArgs:
 
 def run(args: ExtractArgs) -> int:
     """Extract and print the report; 0 when written."""
-    with tqdm(unit="B", unit_scale=True, desc="extract", leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress("extract") as advance:
         report = extract_lora(
             args.tuned,
             args.base,

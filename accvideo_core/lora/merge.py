@@ -21,7 +21,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.layouts import some
@@ -30,6 +29,7 @@ from ..checkpoint.safetensors_file import stream_safetensors
 from ..checkpoint.shards import weight_files
 from ..errors import InvalidValueError, LoraError
 from ..files import check_output
+from ..progress import byte_progress
 from .adapters import LoraModule
 from .blocks import Blocks, parse_blocks
 from .formats import Lora, read_lora
@@ -240,12 +240,7 @@ class MergeArgs:
 def run(args: MergeArgs) -> int:
     """Merge and print the report; 0 when written."""
     uses = [parse_lora_use(text) for text in args.lora]
-    with tqdm(unit="B", unit_scale=True, desc="merge", leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with byte_progress("merge") as advance:
         report = merge_lora(
             args.base,
             uses,

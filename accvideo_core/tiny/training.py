@@ -37,7 +37,7 @@ class TrainArgs:
     part: tyro.conf.Positional[Part]
     """What to train; the teacher needs a VAE, the student needs a teacher."""
     steps: int | None = None
-    """Optimizer steps in all; default: the part's own, as the model card has it."""
+    """Optimizer steps in all; default: the part's own. The model card names what made the bundled weights."""
     batch: int | None = None
     """Clips a step; default: the part's own."""
     lr: float | None = None

@@ -28,7 +28,7 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 # From the ground up; a part imports from floors below its own, never from beside it, and from above never.
 FLOORS = (
     {"__init__", "errors"},
-    {"files", "devices"},
+    {"files", "devices", "progress"},
     {"schedule", "dit", "media"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
