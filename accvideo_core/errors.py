@@ -21,6 +21,10 @@ class LoraError(AccVideoError):
     """A LoRA file that is missing, damaged, of another model, or says something about it that is not understood."""
 
 
+class SynVidError(AccVideoError):
+    """A trajectory dataset that is missing, damaged or made in another way, or a trajectory that must not go into it."""
+
+
 class PromptError(AccVideoError, ValueError):
     """A prompt the tiny world cannot understand."""
 

@@ -30,13 +30,14 @@ _CURES = {
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], replace: bool = True) -> Iterator[Path]:
     """Write `path` all or not at all: `with atomic_path("a.safetensors") as temporary: save(tensors, temporary)`.
 
     Yields a path, not yet existing, in the same folder (made if missing) and ending in `.tmp`, so a writer that goes by
     the suffix must be told its format. When the block ends well the file is flushed to the disk and moved to `path`,
     replacing what was there; when it raises, the temporary file is removed and what was there is untouched. The writer
-    must have closed its file by then (Windows moves no open file).
+    must have closed its file by then (Windows moves no open file). Without `replace` a `path` that is there by then stays,
+    and FileExistsError says so: of several processes that write it at once, exactly one does.
 
     Raises OutputError, naming path, reason and cure, for every OSError of the writing itself: one that names another file
     (an input read inside the block) passes as it is.
@@ -50,12 +51,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.chmod(mode)  # some writers (safetensors) make files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _move_to_new(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
-        if isinstance(error, AccVideoError) or not _is_about(error, temporary, path):
+        taken = not replace and isinstance(error, FileExistsError) and path.is_file()
+        if taken or isinstance(error, AccVideoError) or not _is_about(error, temporary, path):
             raise
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -75,7 +80,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except OSError as error:
         if isinstance(error, AccVideoError):
             raise
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 def check_output(out: Path, inputs: Iterable[Path], overwrite: bool, size: int = 0) -> None:
@@ -121,13 +126,31 @@ def _is_about(error: OSError, *paths: Path) -> bool:
     return Path(os.fsdecode(error.filename)) in {p for path in paths for p in (path, *path.parents)}
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
+def output_error(path: Path, error: OSError) -> OutputError:
+    """What the system said about writing `path`, with the cure."""
     reason = error.strerror or str(error) or type(error).__name__
     cure = _CURES.get(error.errno or 0, "choose another place to write to")
     return OutputError(f"cannot write {str(path)!r}: {reason[:1].lower()}{reason[1:]}; {cure}")
 
 
-def _sync_folder(folder: Path) -> None:
+def _move_to_new(temporary: Path, path: Path) -> None:
+    """Move a file to a name that must be free, whole: FileExistsError if it is not."""
+    if os.name == "nt":
+        os.rename(temporary, path)  # replaces nothing there
+        return
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            raise
+        # No hard links here (FAT, some network disks): the name is taken at once, and filled right after.
+        with open(temporary, "rb") as source, open(path, "xb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
     """Make the new name itself survive a power cut, where the system can (Windows cannot, some network disks do not)."""
     if os.name == "nt":
         return

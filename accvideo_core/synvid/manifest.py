@@ -1,0 +1,147 @@
+"""The manifests of a SynVid dataset: a JSON line for every committed sample, appended and never changed, a file per writer.
+
+A line ends with a check value, so that one torn by a crash or changed on the disk is known as such and passed over.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..errors import SynVidError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
+"""What ids and writers may be called: they are file names, also where capitals do not count."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """What the one who captures knows of a sample.
+
+    id       its name in the plan (`sample_id`)
+    prompt   as written
+    text     hash of the stored text (`SynVidStore.put_text`)
+    seed     of its noise
+    seconds  its share of the sampling time
+    video    its frames as "videos/<id>.mp4", where they were kept
+    """
+
+    id: str
+    prompt: str
+    text: str
+    seed: int
+    seconds: float
+    video: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample(SampleInfo):
+    """A committed sample: also where it lies, and the hashes that it is checked by.
+
+    shape         (C, T, H, W) of its latents
+    noise         sha256 of its noise, float32, little-endian
+    file, row     "latents/<2 hex>/<name>.safetensors" and the row of its batch there
+    bytes         size of that file, sha256 its hash
+    sums          `bit_sum` of key 0 .. m-1 (and of the noise, if that is stored), to check one that is read alone
+    video_sha256  hash of the video, if there is one
+    """
+
+    shape: tuple[int, ...] = ()
+    noise: str = ""
+    file: str = ""
+    row: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    sums: tuple[str, ...] = ()
+    video_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Withdrawal:
+    """A line that takes back everything in a latent file: it was found damaged, and its samples are to be captured again."""
+
+    withdrawn: str
+
+
+Line = Sample | Withdrawal
+
+
+def to_line(entry: Line) -> bytes:
+    """The entry as a line, newline and check value included."""
+    found = asdict(entry)
+    return _dump({**found, "crc": f"{zlib.crc32(_dump(found)):08x}"}) + b"\n"
+
+
+def from_line(line: bytes) -> Line:
+    """The entry in a line. ValueError if it is torn, changed, or says something impossible."""
+    found = json.loads(line.decode("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object")
+    if found.pop("crc", None) != f"{zlib.crc32(_dump(found)):08x}":
+        raise ValueError("its check value is wrong")
+    if "withdrawn" in found:
+        return Withdrawal(str(found["withdrawn"]))
+    known = {item.name for item in fields(Sample)}
+    if set(found) != known:
+        raise ValueError(f"it has the fields {', '.join(sorted(found))}")
+    sample = Sample(**{**found, "shape": tuple(found["shape"]), "sums": tuple(found["sums"])})
+    check_info(sample)
+    if not re.fullmatch(r"latents/[0-9a-f]{2}/[a-z0-9_.-]+\.safetensors", sample.file) or ".." in sample.file:
+        raise ValueError(f"its file is {sample.file!r}")
+    if not (len(sample.shape) == 4 and all(type(n) is int and n > 0 for n in sample.shape)) or sample.row < 0:
+        raise ValueError(f"its shape is {sample.shape}, its row {sample.row}")
+    return sample
+
+
+def parse(content: bytes) -> tuple[list[Line], list[str]]:
+    """(entries, what is wrong with the other lines) of a manifest. A last line without its newline is being written, or was
+    when its writer died: it says nothing yet."""
+    entries, faults = [], []
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            if line:
+                entries.append(from_line(line))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            faults.append(f"line {number}: {error}")
+    return entries, faults
+
+
+def check_info(info: SampleInfo) -> None:
+    """SynVidError (a ValueError for what was read) unless the fields can be stored and found again."""
+    if not isinstance(info.id, str) or not NAME.fullmatch(info.id):
+        raise _Impossible(f"the id {info.id!r}; use small letters, digits, '_', '-' and '.', at most 100 (sample_id makes one)")
+    if not isinstance(info.text, str) or not _HASH.fullmatch(info.text):
+        raise _Impossible(f"sample {info.id} with text {info.text!r}; give the hash that put_text returned")
+    if type(info.seed) is not int or not 0 <= info.seed < 2**64:
+        raise _Impossible(f"sample {info.id} with seed {info.seed!r}; it must be a whole number from 0 to 2**64 - 1")
+    if not isinstance(info.prompt, str) or not math.isfinite(info.seconds):
+        raise _Impossible(f"sample {info.id} with prompt {info.prompt!r} and {info.seconds!r} seconds")
+    if info.video is not None and info.video != f"videos/{info.id}.mp4":
+        raise _Impossible(f"sample {info.id} with video {info.video!r}; it must be 'videos/{info.id}.mp4' (store.video_path)")
+
+
+class _Impossible(SynVidError, ValueError):
+    """A sample that cannot be stored."""
+
+
+def _dump(found: dict[str, Any]) -> bytes:
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def union(entries: Sequence[Line]) -> dict[str, Sample]:
+    """The samples by id, in order of id, less those withdrawn. Of two with one id, captured twice by writers that did not know
+    of each other, the one in the file of the smaller name."""
+    withdrawn = {entry.withdrawn for entry in entries if isinstance(entry, Withdrawal)}
+    samples: dict[str, Sample] = {}
+    for entry in entries:
+        if isinstance(entry, Sample) and entry.file not in withdrawn:
+            first = samples.get(entry.id)
+            if first is None or (entry.file, entry.row) < (first.file, first.row):
+                samples[entry.id] = entry
+    return dict(sorted(samples.items()))
