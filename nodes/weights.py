@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..accvideo_core.checkpoint import FLOAT8, Checkpoint, Scaled, open_checkpoint
+from ..accvideo_core.checkpoint import FLOAT8, Checkpoint, open_checkpoint
 from . import bridge
 
 
@@ -28,7 +28,7 @@ class StudentWeights:
         with open_checkpoint(path) as checkpoint:
             self.family, self.notes = checkpoint.family, tuple(checkpoint.notes)
             wanted = dtype is None or dtype in FLOAT8
-            self._kept = {key: form for key in checkpoint if wanted and (form := _usable(checkpoint, key)) is not None}
+            self._kept = {key: form for key in checkpoint if wanted and (form := checkpoint.scaled_linear(key)) is not None}
             if not bridge.HOLDS_QUANTISED and len({checkpoint.stored_dtype(key) for key in self._kept}) > 1:
                 self._kept = {}  # one dtype for all, there
         self.scaled = bool(self._kept)
@@ -98,11 +98,3 @@ class StudentWeights:
 
 
 _MAPPED = (".safetensors", ".sft")  # ComfyUI goes by the suffix
-
-
-def _usable(checkpoint: Checkpoint, key: str) -> Scaled | None:
-    """The scale of a weight that ComfyUI can use as it is stored: a Linear's, fp8, one number for all of it."""
-    if len(checkpoint.shape(key)) != 2 or checkpoint.stored_dtype(key) not in FLOAT8 or not key.endswith(".weight"):
-        return None
-    scaled = checkpoint.scaled(key)
-    return scaled if scaled is not None and scaled.scale.numel() == 1 else None

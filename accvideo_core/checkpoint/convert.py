@@ -118,9 +118,8 @@ def _target(checkpoint: Checkpoint, key: str, layout: LayoutName, dtype: DtypeNa
     if dtype == "stored":
         if not checkpoint.is_quantised(key):
             return _Target("cast", own)
-        scaled = checkpoint.scaled(key)
-        kept = scaled is not None and scaled.scale.numel() == 1 and checkpoint.stored_dtype(key) == torch.float8_e4m3fn
-        if not kept or not linear or layout == "diffusers":
+        kept = checkpoint.scaled_linear(key) is not None and checkpoint.stored_dtype(key) == torch.float8_e4m3fn
+        if not kept or layout == "diffusers":
             raise InvalidValueError(
                 f"{checkpoint.path} is quantised ({checkpoint.quantisation}) and cannot be kept so in the {layout} layout; "
                 "choose a --dtype, for example bf16"
@@ -175,8 +174,8 @@ def _tensors(
 
 def _with_scale(checkpoint: Checkpoint, key: str, target: _Target) -> tuple[torch.Tensor, torch.Tensor]:
     """(fp8 values, scale); a weight that has one scale already keeps both."""
-    scaled = checkpoint.scaled(key)
-    if scaled is not None and scaled.scale.numel() == 1 and checkpoint.stored_dtype(key) == target.dtype:
+    scaled = checkpoint.scaled_linear(key)
+    if scaled is not None and checkpoint.stored_dtype(key) == target.dtype:
         return checkpoint.read_stored(key), scaled.scale.reshape(())
     try:
         return quantise_fp8(checkpoint.read(key), target.dtype)

@@ -179,6 +179,13 @@ class Checkpoint:
         stored = self._stored(key)
         return self._scales.of(stored[0]) if len(stored) == 1 else None
 
+    def scaled_linear(self, key: str) -> Scaled | None:
+        """The scale of a Linear's weight that is fp8 with one number for all of it, which is what ComfyUI computes with and
+        what can be kept as it is; None for every other tensor."""
+        linear = len(self.shape(key)) == 2 and key.endswith(".weight") and self.stored_dtype(key) in FLOAT8
+        scaled = self.scaled(key) if linear else None
+        return scaled if scaled is not None and scaled.scale.numel() == 1 else None
+
     def read_stored(self, key: str) -> torch.Tensor:
         """One tensor as it is stored, without its scale (see `scaled`)."""
         stored = self._stored(key)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.quantised import FLOAT8, MARKER, quantise_fp8, scale_name
+from ..checkpoint.quantised import FLOAT8, MARKER, all_finite, quantise_fp8, scale_name
 from ..errors import InvalidValueError, LoraError
 from .adapters import LoraModule
 from .arithmetic import add_differences
@@ -60,7 +60,7 @@ class Target:
             return storage if linear or storage.dtype not in FLOAT8 else own
         if not checkpoint.is_quantised(key):
             return own
-        if not linear or checkpoint.stored_dtype(key) not in FLOAT8:
+        if checkpoint.scaled_linear(key) is None or checkpoint.stored_dtype(key) != _FP8:
             raise InvalidValueError(
                 f"{checkpoint.path} is quantised ({checkpoint.quantisation}) and what is merged cannot be stored so again; "
                 "choose a dtype, for example bf16 or scaled_fp8"
@@ -85,21 +85,31 @@ class Target:
     def encode(
         self, key: str, weight: torch.Tensor, changes: Sequence[tuple[float, LoraModule]]
     ) -> list[tuple[str, torch.Tensor]]:
-        """(name, tensor) of everything that one tensor of the base, with `changes` added, becomes; `weight` is used up."""
-        kind = self._kinds[key]
-        if kind.scaled:
-            scaled = self._checkpoint.scaled(key)
-            if not changes and scaled is not None and scaled.scale.numel() == 1 and self._checkpoint.stored_dtype(key) == _FP8:
-                return [(key, self._checkpoint.read_stored(key)), (scale_name(key), scaled.scale.reshape(()))]
-            values, scale = quantise_fp8(add_differences(weight, changes, torch.float32))
-            return [(key, values), (scale_name(key), scale)]
-        if kind.dtype in FLOAT8 and changes:
-            values = round_by_chance(add_differences(weight, changes, torch.float32), kind.dtype, f"{self._seed}:{key}")
-        else:
+        """(name, tensor) of everything that one tensor of the base, with `changes` added, becomes; `weight` is used up.
+
+        Raises LoraError for values that are not finite or that the dtype cannot hold."""
+        kind, checkpoint = self._kinds[key], self._checkpoint
+        if not changes and not all_finite(weight):
+            raise LoraError(
+                f"{key} has values that are NaN or infinite in the base; check it with `accvideo inspect --self-check`"
+            )
+        if kind.dtype not in FLOAT8 or (not changes and weight.dtype == kind.dtype):
             values = add_differences(weight, changes, kind.dtype) if changes else weight.to(kind.dtype)
-        if kind.dtype == torch.float16 and weight.dtype != torch.float16 and not bool(torch.isfinite(values).all()):
-            raise LoraError(f"{key} has values that fp16 cannot hold; choose bf16")
-        return [(key, values)]
+            if kind.dtype == torch.float16 and not all_finite(values):
+                raise LoraError(f"{key} has values that fp16 cannot hold; choose bf16")
+            return [(key, values)]
+        scaled = checkpoint.scaled_linear(key) if kind.scaled and not changes else None
+        if scaled is not None and checkpoint.stored_dtype(key) == kind.dtype:
+            return [(key, checkpoint.read_stored(key)), (scale_name(key), scaled.scale.reshape(()))]
+        sums = add_differences(weight, changes, torch.float32) if changes else weight.float()
+        if kind.scaled:
+            values, scale = quantise_fp8(sums, kind.dtype)
+            return [(key, values), (scale_name(key), scale)]
+        largest = max(map(abs, torch.aminmax(sums)))
+        if largest > torch.finfo(kind.dtype).max:
+            name = str(kind.dtype).removeprefix("torch.float8_")
+            raise LoraError(f"{key} reaches {float(largest):g}, which fp8_{name} cannot hold; choose scaled_fp8 or bf16")
+        return [(key, round_by_chance(sums, kind.dtype, f"{self._seed}:{key}") if changes else sums.to(kind.dtype))]
 
 
 def round_by_chance(values: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
