@@ -12,8 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-# ComfyUI 0.3.64 imports requests and counts on transformers to bring it, which transformers 5 no longer does.
-UNLISTED = ("requests",)
+# gguf is an extra of ours. ComfyUI 0.3.64 imports requests and counts on transformers to bring it, which transformers 5 no
+# longer does.
+UNLISTED = ("requests", "gguf")
 ROOT = Path(__file__).resolve().parents[2]
 
 
