@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,9 @@ from ..schedule import PRESETS, key_indices, key_sigmas, shift_sigmas
 from .clips import CLASSES, Scenes, coverage, keyed_generator, paint, sample_scenes
 from .pipeline import TinyPipeline
 from .prompts import open_some, write_prompt
+from .share import Share
 from .text import TinyTextEncoder
-from .training import Defaults, Part, Share, Task, check_made_from
+from .training import Defaults, Part, Task, check_made_from
 from .vae import CHANNELS, LATENT_SCALE, TinyVAE, to_pixels
 
 PRESET = PRESETS["tiny"]
@@ -59,6 +60,11 @@ def save_weights(path: Path, module: nn.Module, dtype: torch.dtype, metadata: di
     return path
 
 
+def hidden_matrices(layers: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """What Muon is for: matrices and convolutions inside a network; not those that read its input or make its output."""
+    return [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
+
+
 class VAETask:
     """The decoder: L1 + L2 on frames, pixels at and around the object weighted 10 times, through noise of random strength."""
 
@@ -72,6 +78,7 @@ class VAETask:
         torch.manual_seed(seed)
         self.vae = TinyVAE().to(device)
         self.model: nn.Module = self.vae
+        self.matrices = hidden_matrices([c for name, c in self.vae.named_children() if name not in ("dec_in", "dec_out")])
 
     @torch.no_grad()
     def prepare(self, share: Share) -> None:
@@ -192,6 +199,7 @@ class TeacherTask:
         self.text = TinyTextEncoder().to(device)
         self.probe = SceneProbe(self.network.config.hidden_size).to(device)
         self.model: nn.Module = nn.ModuleDict({"network": self.network, "text": self.text, "probe": self.probe})
+        self.matrices = hidden_matrices([*self.network.double_blocks, *self.network.single_blocks])
         self.pool = LatentPool(self.vae, seed, device)
 
     def prepare(self, share: Share) -> None:
@@ -242,6 +250,7 @@ class StudentTask:
         self.network = copy.deepcopy(self.teacher)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
+        self.matrices = hidden_matrices([*self.network.double_blocks, *self.network.single_blocks])
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
         self.keys: Tensor
         self.prompts: list[str]

@@ -10,20 +10,21 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 from ..devices import autocast_dtype, pick_device
 from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path, check_writable
+from .muon import Muon
+from .share import Share
 
 Part = Literal["vae", "teacher", "student"]
 
@@ -66,54 +67,12 @@ class Defaults:
     ema: float
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of the work this process does, of those that torchrun started; alone it does all of it."""
-
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def from_environment(cls, device: torch.device) -> Share:
-        """Joins the other processes of torchrun, if there are any."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            return cls()
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
-
-    def rows(self, batch: int) -> slice:
-        """This process's rows of a batch."""
-        if batch % self.size:
-            raise InvalidValueError(f"a batch of {batch} does not divide among {self.size} processes; choose a multiple of it")
-        share = batch // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        if self.size > 1:
-            dist.barrier()
-
-    @torch.no_grad()
-    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Replace each gradient by its mean over the processes; gives back the mean loss."""
-        loss = loss.detach().float().clone()
-        if self.size == 1:
-            return loss
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), loss.view(1)])
-        dist.all_reduce(flat)
-        flat /= self.size
-        for parameter, mean in zip(parameters, flat.split([p.numel() for p in parameters] + [1]), strict=False):
-            parameter.grad = mean.view_as(parameter)
-        return flat[-1]
-
-
 class Task(Protocol):
     """What differs between the parts."""
 
     defaults: Defaults
     model: nn.Module  # everything that is trained
+    matrices: list[nn.Parameter]  # those of its weights that Muon steps; AdamW does the rest
     made_from: dict[str, str]  # what the result depends on besides the arguments: sha256 of earlier parts' files
 
     def prepare(self, share: Share) -> None: ...  # data that is made once and may take long
@@ -154,22 +113,23 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
     check_writable(weights / "probe")
     torch.manual_seed(args.seed)
     parameters = [p for p in task.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizers = make_optimizers(parameters, task.matrices, lr, share)
     average = [p.detach().clone() for p in parameters]
     start = 0
     made_from = {"part": args.part, "seed": args.seed, "batch": batch, "lr": lr, **task.made_from}
     if state_path.exists():
         state = load_state(state_path, made_from, device)
         task.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, its in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its)
         average, start = [a.to(device) for a in state["average"]], state["step"]
     task.prepare(share)
 
     def save(step: int) -> None:
         if share.rank:
             return
-        state: dict[str, Any] = {"model": task.model.state_dict(), "optimizer": optimizer.state_dict(), "average": average}
-        state |= {"step": step, "made_from": made_from}
+        state: dict[str, Any] = {"model": task.model.state_dict(), "average": average, "step": step, "made_from": made_from}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         with atomic_path(state_path) as temporary:
             torch.save(state, temporary)
 
@@ -179,18 +139,19 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
     bar = tqdm(range(start, steps), args.part, steps, initial=start, mininterval=5, maxinterval=30, disable=quiet)
     smooth: float | None = None
     for step in bar:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr * learning_rate_share(step, steps, d.warmup)
         with torch.autocast(device.type, cast, enabled=cast is not None):
             loss = task.loss(step, batch, rows)
-        optimizer.zero_grad()
+        task.model.zero_grad()
         loss.backward()
         value = share.average(parameters, loss).item()
         norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
         if not (math.isfinite(value) and math.isfinite(norm)):  # before the step, so that no broken state is ever saved
             where = f"the {args.part} loss became {value}, its gradient {norm}, at step {step}"
             raise InvalidValueError(f"{where}; start again in another --run with a lower --lr than {lr}")
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             decay = min(d.ema, (1 + step) / (10 + step))
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
@@ -230,9 +191,15 @@ def check_made_from(path: Path, earlier: dict[str, Any], now: dict[str, Any], cu
         raise InvalidValueError(f"{str(path)!r} was made from something else ({fields}); {cure}")
 
 
+def make_optimizers(parameters: list[nn.Parameter], matrices: list[nn.Parameter], lr: float, share: Share) -> list[Optimizer]:
+    """AdamW, and Muon for `matrices` if there are any; one learning rate suits both."""
+    chosen = {id(m) for m in matrices}
+    rest = [p for p in parameters if id(p) not in chosen]
+    adamw = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    return [adamw, Muon(matrices, lr=lr, weight_decay=0.01, share=share)] if matrices else [adamw]
+
+
 def learning_rate_share(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a half cosine down to 1 % of the peak."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    """Linear warm-up, the peak, and over the last fifth a line down to nothing: until there, runs of any length agree, so
+    that a copy of the state can be finished early."""
+    return min(1.0, (step + 1) / warmup, (steps - step) / max(1.0, 0.2 * steps))

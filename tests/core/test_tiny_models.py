@@ -20,7 +20,7 @@ from accvideo_core.devices import pick_device
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
 from accvideo_core.sampling import make_noise
 from accvideo_core.studies import compare, evaluation
-from accvideo_core.tiny import LATENT_SCALE, clips, generate, load_tiny, oracle, tasks, training, weights_path
+from accvideo_core.tiny import LATENT_SCALE, clips, generate, load_tiny, muon, oracle, tasks, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
@@ -139,6 +139,34 @@ def test_probe_learns_the_scene_from_features_that_hold_it():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("shape", [(3, 96, 32), (2, 32, 80)])
+def test_orthogonalize_keeps_the_singular_vectors_and_evens_the_values(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 7
+    left, values, right = torch.linalg.svd(matrices, full_matrices=False)
+    core = left.mT @ muon.orthogonalize(matrices) @ right.mT
+    diagonal = core.diagonal(dim1=1, dim2=2)
+    assert values.amax() > 2 * values.amin() and 0.6 < diagonal.amin() and diagonal.amax() < 1.25
+    torch.testing.assert_close(core, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
+
+
+def test_muon_steps_by_orthogonal_nesterov_momentum_scaled_like_adamw():
+    layers = torch.nn.ModuleList([torch.nn.Linear(6, 4, bias=False), torch.nn.Conv2d(2, 4, 3, bias=False)])
+    parameters, before = list(layers.parameters()), [p.detach().clone() for p in layers.parameters()]
+    optimizer = muon.Muon(parameters, lr=0.1, momentum=0.9, weight_decay=0.5)
+    gradients = [[torch.randn_like(p) for p in parameters] for _ in range(2)]
+    momenta = [torch.zeros_like(p) for p in parameters]
+    for its in gradients:
+        for i, (parameter, gradient) in enumerate(zip(parameters, its, strict=True)):
+            parameter.grad = gradient.clone()
+            momenta[i] = 0.9 * momenta[i] + 0.1 * gradient
+            flat = (0.1 * gradient + 0.9 * momenta[i]).flatten(1)
+            step = muon.orthogonalize(flat[None])[0] * 0.2 * max(flat.shape) ** 0.5
+            before[i] = before[i] * (1 - 0.1 * 0.5) - 0.1 * step.view_as(gradient)
+        optimizer.step()
+    for parameter, expected in zip(parameters, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), expected)
 
 
 def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, monkeypatch):
