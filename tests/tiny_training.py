@@ -13,7 +13,7 @@ def train(part, folder, steps, stop_at=None, **kw):
     args = training.TrainArgs(part, steps=steps, **kw)
     device = torch.device("cpu")
     task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories)
-    if part == "vae":
+    if part in ("vae", "decoder"):
         task.statistics = 32
     if part == "teacher":
         task.pool.size, task.pool.reuse = 4, 1  # a new pool every other step
@@ -35,7 +35,7 @@ def train_all(folder):
     """Each part in turn, two steps, from a five-step teacher."""
     real, tasks.TEACHER_STEPS = tasks.TEACHER_STEPS, 5
     try:
-        for part in ("vae", "teacher", "student"):
+        for part in training.PARTS:
             train(part, folder, 2, trajectories=4)
     finally:
         tasks.TEACHER_STEPS = real

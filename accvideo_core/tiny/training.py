@@ -12,7 +12,7 @@ import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 import tyro
@@ -26,7 +26,8 @@ from ..files import atomic_path, check_writable
 from .muon import Muon
 from .share import Share
 
-Part = Literal["vae", "teacher", "student"]
+Part = Literal["vae", "teacher", "decoder", "student"]
+PARTS: tuple[Part, ...] = get_args(Part)  # in the order they are made
 
 
 @dataclass
@@ -36,7 +37,7 @@ class TrainArgs:
     To split every batch among processes: torchrun --standalone --nproc-per-node 2 -m -- accvideo_core tiny train ..."""
 
     part: tyro.conf.Positional[Part]
-    """What to train; the teacher needs a VAE, the student needs a teacher."""
+    """What to train; the teacher needs a VAE, the student a teacher; decoder is the VAE's, trained on through the teacher."""
     steps: int | None = None
     """Optimizer steps in all; default: the part's own. The model card names what made the bundled weights."""
     batch: int | None = None
