@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,9 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import AccVideoWarning, PromptError
-
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # ids become file names, on every system
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # which Windows keeps for devices
+from .manifest import NAME
 
 
 @dataclass(frozen=True)
@@ -70,13 +67,6 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     return list(found)
 
 
-def check_id(value: str, where: str) -> str:
-    """The id, if it can be a file's name on every system; else PromptError, which begins with `where`."""
-    if not _ID.fullmatch(value) or _RESERVED.fullmatch(value) or value.endswith("."):
-        raise PromptError(f"{where}: the id {value!r} must be 1 to 100 letters, digits, dots, dashes or underscores")
-    return value
-
-
 def _check(row: Mapping[str, Any], where: str) -> Prompt | None:
     """None for a row without a prompt."""
     text, name, seed = row.get("prompt"), row.get("id"), row.get("seed")
@@ -90,7 +80,9 @@ def _check(row: Mapping[str, Any], where: str) -> Prompt | None:
         number = -1
     if number is not None and not 0 <= number < 2**64:
         raise PromptError(f"{where}: the seed {seed!r} must be a whole number from 0 to 2**64 - 1")
-    return Prompt(text.strip(), None if name in (None, "") else check_id(str(name), where), number)
+    if name not in (None, "") and not NAME.fullmatch(str(name)):
+        raise PromptError(f"{where}: the id {name!r} must be 1 to 100 small letters, digits, dots, dashes or underscores")
+    return Prompt(text.strip(), None if name in (None, "") else str(name), number)
 
 
 def _read_txt(file: TextIO) -> Iterator[tuple[int, Mapping[str, Any]]]:

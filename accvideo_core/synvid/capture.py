@@ -1,0 +1,209 @@
+"""Capturing a teacher's trajectories (paper, Eq. 5 and its key timesteps): an observer keeps the key latents while it samples.
+
+Sampling never waits on the disk: latents leave the device on a stream of their own, files are written by another thread.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..devices import synchronize
+from ..dit import Conditioning
+from ..errors import InvalidValueError, SynVidError
+from ..sampling import Step, euler_flow, make_noise
+from ..schedule import key_indices
+from .manifest import SampleInfo
+from .plan import Plan, PlanItem
+from .store import SynVidStore
+
+WAITING = 2  # batches that may wait for the disk; then sampling does, too, instead of filling the memory
+MAX_FAULTS = 10  # samples that may fail before a capture gives up
+
+Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+class KeyLatents:
+    """An observer that keeps key 0 .. m-1 of one batch's trajectory. Make a new one for every sampling.
+
+    steps     n of the schedule
+    segments  m, which divides n; m = n keeps every latent
+    """
+
+    def __init__(self, steps: int, segments: int) -> None:
+        positions = key_indices(steps, segments)[1:]  # position 0 is the noise, which the caller has
+        self._steps = steps
+        self._key_at = {position: segments - 1 - i for i, position in enumerate(positions)}
+        self._kept: dict[int, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._copies: list[torch.cuda.Event] = []
+
+    def __call__(self, step: Step) -> None:
+        if step.total != self._steps:
+            raise InvalidValueError(f"a trajectory of {self._steps} steps is to be kept, but {step.total} are sampled")
+        key = self._key_at.get(step.index + 1)
+        if key is not None:
+            self._kept[key] = self._to_host(step.latent.detach())
+
+    def latents(self) -> list[Tensor]:
+        """Key 0 (clean) .. key m-1, each (B, C, T, H, W) float32 on the CPU. SynVidError unless the sampling ran to its end."""
+        if len(self._kept) != len(self._key_at):
+            raise SynVidError(f"the sampling ended early: {len(self._kept)} of {len(self._key_at)} key latents are there")
+        for copy in self._copies:
+            copy.synchronize()
+        return [self._kept[key] for key in range(len(self._kept))]
+
+    def _to_host(self, latent: Tensor) -> Tensor:
+        if latent.device.type != "cuda":
+            return latent.to("cpu", torch.float32, copy=True)
+        stream = self._stream = self._stream or torch.cuda.Stream(latent.device)
+        host = torch.empty(latent.shape, dtype=torch.float32, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(latent.device))
+        with torch.cuda.stream(stream):
+            host.copy_(latent, non_blocking=True)
+            self._copies.append(stream.record_event())
+        latent.record_stream(stream)
+        return host
+
+
+def capture(
+    network: Network,
+    plan: Plan,
+    items: Sequence[PlanItem],
+    store: SynVidStore,
+    batch: int = 1,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Sample the items with the store's schedule and guidance and commit them, a file for every batch.
+
+    network   (latent (B, C, T, H, W) float32, sigma (B,), conditioning) -> velocity, on `device`
+    batch     samples at a time; those of one batch have one shape
+    progress  called with the number of samples just committed
+    Returns what was wrong with the samples that had to be left out, a sentence each that names one: NaN, or beyond float16.
+    Raises SynVidError once there are more than 10 of those, OutputError where the disk refuses; what was committed stays.
+    """
+    if batch < 1:
+        raise InvalidValueError(f"batch is {batch}; it must be at least 1")
+    device = torch.device(device)
+    faults: list[str] = []
+    pending: deque[tuple[int, Future[list[str]]]] = deque()
+
+    def settle(limit: int) -> None:
+        while len(pending) > limit:
+            count, written = pending.popleft()
+            found = written.result()
+            faults.extend(found)
+            if progress is not None:
+                progress(count - len(found))
+            if len(faults) > MAX_FAULTS:
+                raise SynVidError(f"{len(faults)} trajectories could not be stored, so the capture gives up; {'; '.join(faults)}")
+
+    with ThreadPoolExecutor(1, "synvid-writer") as writer:  # leaving waits for what is being written
+        for group in batches(items, batch):
+            texts = [plan.text(item.text) for item in group]
+            keys, noise, seconds = trajectory(network, store, texts, group, device)
+            settle(WAITING - 1)
+            pending.append((len(group), writer.submit(_write, store, keys, noise, group, texts, seconds / len(group))))
+        settle(0)
+    return faults
+
+
+@torch.inference_mode()
+def trajectory(
+    network: Network,
+    store: SynVidStore,
+    texts: Sequence[tuple[Tensor, Tensor | None]],
+    items: Sequence[PlanItem],
+    device: torch.device,
+) -> tuple[list[Tensor], Tensor, float]:
+    """(key 0 .. m-1, noise, seconds) of one batch."""
+    header = store.header
+    conditioning = stack_texts(texts, header.guidance).to(device)
+    noise = make_noise((len(items), *items[0].shape), [item.seed for item in items])
+    keys = KeyLatents(len(header.sigmas) - 1, header.segments)
+    start = time.perf_counter()
+    euler_flow(lambda x, sigma: network(x, sigma, conditioning), noise.to(device), torch.tensor(header.sigmas), [keys])
+    synchronize(device)
+    return keys.latents(), noise, time.perf_counter() - start
+
+
+def stack_texts(texts: Sequence[tuple[Tensor, Tensor | None]], guidance: float | None) -> Conditioning:
+    """Conditioning of a batch from each prompt's text (L, D) and pooled vector (P,); guidance in plain scale.
+
+    Shorter texts are padded and masked. SynVidError for a text without the pooled vector.
+    """
+    rows = [text for text, _ in texts]
+    pooled = [vector for _, vector in texts if vector is not None]
+    if len(pooled) != len(rows):
+        raise SynVidError("a prompt of the plan has no pooled vector, which the network needs; encode it for this model")
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    return Conditioning(
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
+        torch.stack(pooled),
+        None if guidance is None else torch.full((len(rows),), guidance),
+        None if bool(mask.all()) else mask,
+    )
+
+
+def batches(items: Iterable[PlanItem], size: int) -> Iterator[list[PlanItem]]:
+    """At most `size` items at a time, each batch of one shape, in order within a shape."""
+    waiting: dict[tuple[int, ...], list[PlanItem]] = {}
+    for item in items:
+        group = waiting.setdefault(item.shape, [])
+        group.append(item)
+        if len(group) == size:
+            yield waiting.pop(item.shape)
+    yield from waiting.values()
+
+
+def my_share(plan: Plan, store: SynVidStore) -> list[PlanItem]:
+    """What this process is to capture of what the dataset lacks: every size-th sample, of the `size` processes torchrun started.
+
+    The first process looks at the dataset and tells the others, so that all divide the same list, whoever comes late.
+    """
+    ids = list(plan.items)
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if size == 1:
+        return [plan.items[name] for name in store.missing(ids)]
+    wanted = torch.zeros(len(ids), dtype=torch.bool)
+    dist.init_process_group("gloo")
+    try:
+        if rank == 0:
+            missing = set(store.missing(ids))
+            wanted = torch.tensor([name in missing for name in ids])
+        dist.broadcast(wanted, 0)
+    finally:
+        dist.destroy_process_group()
+    return [plan.items[ids[i]] for i in wanted.nonzero().flatten().tolist()[rank::size]]
+
+
+def _write(
+    store: SynVidStore,
+    keys: Sequence[Tensor],
+    noise: Tensor,
+    items: Sequence[PlanItem],
+    texts: Sequence[tuple[Tensor, Tensor | None]],
+    seconds: float,
+) -> list[str]:
+    """Commit a batch; where it is refused, each sample alone, so that one takes no other with it. Returns the faults."""
+    try:
+        for text in texts:
+            store.put_text(*text)
+        store.commit(keys, [SampleInfo(item.id, item.prompt, item.text, item.seed, seconds) for item in items], noise)
+        return []
+    except SynVidError as error:
+        if len(items) == 1:
+            return [str(error)]
+    alone = [slice(i, i + 1) for i in range(len(items))]
+    return [
+        fault for row in alone for fault in _write(store, [key[row] for key in keys], noise[row], items[row], texts[row], seconds)
+    ]

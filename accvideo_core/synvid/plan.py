@@ -1,0 +1,140 @@
+"""A plan: what to capture, in a folder of its own, so that text encoders and teacher need never share a machine.
+
+`plan.jsonl` has a line for every sample, its prompt's encoding lies in `text/` as in a dataset. Lines are only ever added;
+what is captured already is known from the dataset, so a plan may grow and be captured again and again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import OutputError, SynVidError
+from ..files import check_writable, output_error, sync_folder
+from .manifest import SampleInfo, check_info
+from .store import sample_id
+from .texts import Texts
+
+FILE = "plan.jsonl"
+
+
+@dataclass(frozen=True)
+class PlanItem:
+    """A sample to capture.
+
+    id      its name, in plan and dataset
+    prompt  as written
+    text    hash of its encoding in `text/`
+    seed    of its noise
+    shape   (C, T, H, W) of its latent
+    """
+
+    id: str
+    prompt: str
+    text: str
+    seed: int
+    shape: tuple[int, int, int, int]
+
+
+def prompt_seed(prompt: str, run: int = 0, copy: int = 0) -> int:
+    """The seed of a prompt's noise, below 2**53, which every JSON reader holds exactly. It hangs on the prompt, the run's own
+    seed and the number of the copy alone, so adding or sorting prompts changes no other's noise."""
+    key = json.dumps([prompt, int(run), int(copy)]).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") % 2**53
+
+
+class Plan:
+    """A plan folder, to read, and for one process at a time to add to.
+
+    items  {id: PlanItem} in the plan's order
+    create  make an empty plan where there is none, instead of raising SynVidError
+    """
+
+    def __init__(self, path: str | os.PathLike[str], create: bool = False) -> None:
+        self.path = Path(path)
+        self._texts = Texts(self.path)
+        self.items: dict[str, PlanItem] = {}
+        self._end = 0
+        file = self.path / FILE
+        if not file.exists():
+            if not create:
+                raise SynVidError(f"{self.path} holds no plan ({FILE} is missing); make one: accvideo encode prompts.txt -o PLAN")
+            check_writable(file)
+            return
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise SynVidError(f"cannot read {file}: {error.strerror or error}") from error
+        # What follows the last line's end was being written when its writer died; `_append` writes over it.
+        self._end = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[: self._end].splitlines(), 1):
+            self._take(_from_line(line, f"{file}, line {number}"))
+
+    def add(
+        self, prompt: str, text: Tensor, pooled: Tensor | None, seed: int, shape: Sequence[int], name: str | None = None
+    ) -> PlanItem:
+        """Add a sample; when this returns it is on the disk.
+
+        text, pooled  (L, D) at its valid length and (P,), or None for a model without it
+        name          its id; by default `sample_id`'s
+        Raises SynVidError for an id the plan has already or values that cannot be stored, OutputError where the disk refuses.
+        """
+        channels, frames, height, width = (int(n) for n in shape)
+        name = sample_id(prompt, seed, shape) if name is None else name
+        if name in self.items:
+            raise SynVidError(f"{self.path} has a sample {name!r} already; give each its own id or seed")
+        item = PlanItem(name, prompt, self._texts.put(text, pooled), int(seed), (channels, frames, height, width))
+        _check(item)
+        self._append(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        self._take(item)
+        return item
+
+    def text(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """(text (L, D), pooled (P,) or None) by hash. SynVidError if it is missing or damaged."""
+        return self._texts.read(name)
+
+    def _take(self, item: PlanItem) -> None:
+        if self.items.setdefault(item.id, item) is not item:
+            raise SynVidError(f"{self.path / FILE} has the id {item.id!r} twice; remove one of the lines")
+
+    def _append(self, line: bytes) -> None:
+        path = self.path / FILE
+        try:
+            new = not path.exists()
+            with open(path, "xb" if new else "r+b", buffering=0) as file:
+                file.seek(self._end)
+                file.truncate()
+                if file.write(line) != len(line):
+                    raise OSError(28, "No space left on device")
+                os.fsync(file.fileno())
+            if new:
+                sync_folder(path.parent)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise output_error(path, error) from error
+        self._end += len(line)
+
+
+def _from_line(line: bytes, where: str) -> PlanItem:
+    try:
+        found = json.loads(line)
+        if set(found) != {field.name for field in fields(PlanItem)}:
+            raise ValueError(f"it has the fields {', '.join(found)}")
+        item = PlanItem(**{**found, "shape": tuple(found["shape"])})
+        _check(item)
+    except (ValueError, TypeError, KeyError) as error:
+        raise SynVidError(f"{where} is no sample of a plan: {error}") from error
+    return item
+
+
+def _check(item: PlanItem) -> None:
+    check_info(SampleInfo(item.id, item.prompt, item.text, item.seed, 0.0))
+    if len(item.shape) != 4 or not all(type(n) is int and n > 0 for n in item.shape):
+        raise SynVidError(f"sample {item.id} with shape {item.shape}; a latent is (C, T, H, W)")
