@@ -3,8 +3,8 @@
     python benchmarks/comfyui_exam.py --plan heldout.jsonl [--rows 100] [--json docs/benchmarks/comfyui_exam.json]
 
 Every ComfyUI that the tests find is started on the CPU and runs the shipped API workflow, one prompt at a time, with the
-teacher in 50 steps and the student in 5. "Same verdict" is the share of clips of which the oracle reads the same; pixels differ by one where
-ComfyUI's SaveImage cuts off what the library rounds.
+teacher in 50 steps and the student in 5. "Same verdict" is the share of clips of which the oracle reads the same; pixels
+differ by one where ComfyUI's SaveImage cuts off what the library rounds.
 """
 
 from __future__ import annotations
