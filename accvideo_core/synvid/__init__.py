@@ -2,7 +2,8 @@
 
 from .header import Header
 from .manifest import Sample, SampleInfo
-from .store import Damage, SynVidStore, sample_id
+from .reader import Damage, SynVidReader
+from .store import SynVidStore, sample_id
 from .trajectory import Trajectory
 
-__all__ = ["Damage", "Header", "Sample", "SampleInfo", "SynVidStore", "Trajectory", "sample_id"]
+__all__ = ["Damage", "Header", "Sample", "SampleInfo", "SynVidReader", "SynVidStore", "Trajectory", "sample_id"]

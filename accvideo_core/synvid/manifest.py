@@ -11,13 +11,14 @@ import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from ..errors import SynVidError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 """What ids and writers may be called: they are file names, also where capitals do not count."""
 _HASH = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
+_CRC = b',"crc":"00000000"}'
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ class Sample(SampleInfo):
     video_sha256: str | None = None
 
 
+_FIELDS = {item.name for item in fields(Sample)}
+
+
 @dataclass(frozen=True)
 class Withdrawal:
     """A line that takes back everything in a latent file: it was found damaged, and its samples are to be captured again."""
@@ -73,40 +77,37 @@ Line = Sample | Withdrawal
 
 
 def to_line(entry: Line) -> bytes:
-    """The entry as a line, newline and check value included."""
-    found = asdict(entry)
-    return _dump({**found, "crc": f"{zlib.crc32(_dump(found)):08x}"}) + b"\n"
+    """The entry as a line, newline and check value included: `{...,"crc":"<crc32 of the bytes before the comma>"}`."""
+    text = json.dumps(asdict(entry), ensure_ascii=False, separators=(",", ":"))[:-1].encode("utf-8", "surrogatepass")
+    return b'%s,"crc":"%08x"}\n' % (text, zlib.crc32(text))
 
 
 def from_line(line: bytes) -> Line:
     """The entry in a line. ValueError if it is torn, changed, or says something impossible."""
-    found = json.loads(line.decode("utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
-    if found.pop("crc", None) != f"{zlib.crc32(_dump(found)):08x}":
-        raise ValueError("its check value is wrong")
-    if "withdrawn" in found:
+    text, crc = line[: -len(_CRC)], line[-len(_CRC) :]
+    if crc != b',"crc":"%08x"}' % zlib.crc32(text):
+        raise ValueError("it was torn or changed")
+    found = json.loads((text + b"}").decode("utf-8", "surrogatepass"))
+    if set(found) == {"withdrawn"}:
         return Withdrawal(str(found["withdrawn"]))
-    known = {item.name for item in fields(Sample)}
-    if set(found) != known:
+    if set(found) != _FIELDS:
         raise ValueError(f"it has the fields {', '.join(sorted(found))}")
     sample = Sample(**{**found, "shape": tuple(found["shape"]), "sums": tuple(found["sums"])})
     check_info(sample)
-    if not re.fullmatch(r"latents/[0-9a-f]{2}/[a-z0-9_.-]+\.safetensors", sample.file) or ".." in sample.file:
+    if not _FILE.fullmatch(sample.file):
         raise ValueError(f"its file is {sample.file!r}")
-    if not (len(sample.shape) == 4 and all(type(n) is int and n > 0 for n in sample.shape)) or sample.row < 0:
+    if len(sample.shape) != 4 or not all(type(n) is int and n > 0 for n in sample.shape) or sample.row < 0:
         raise ValueError(f"its shape is {sample.shape}, its row {sample.row}")
     return sample
 
 
 def parse(content: bytes) -> tuple[list[Line], list[str]]:
     """(entries, what is wrong with the other lines) of a manifest. A last line without its newline is being written, or was
-    when its writer died: it says nothing yet."""
+    when its writer died: it says nothing."""
     entries, faults = [], []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
-            if line:
-                entries.append(from_line(line))
+            entries.append(from_line(line))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
     return entries, faults
@@ -128,10 +129,6 @@ def check_info(info: SampleInfo) -> None:
 
 class _Impossible(SynVidError, ValueError):
     """A sample that cannot be stored."""
-
-
-def _dump(found: dict[str, Any]) -> bytes:
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def union(entries: Sequence[Line]) -> dict[str, Sample]:

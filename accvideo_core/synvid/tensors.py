@@ -1,4 +1,4 @@
-"""Tensors of a dataset as bytes: hashes and checks of them, one row of a stored batch, and what must never be stored."""
+"""Tensors of a dataset as bytes: hashes and checks of them, and what must never be stored."""
 
 from __future__ import annotations
 
