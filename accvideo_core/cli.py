@@ -28,8 +28,13 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "generate": Command("tiny.generate", "GenerateArgs", "a prompt to a video, with the bundled student or its teacher"),
+    "generate": Command("headless.generate", "GenerateArgs", "a prompt to a video, with the bundled models or released ones"),
     "compare": Command("studies.compare", "CompareArgs", "teacher and student side by side: video, contact sheet, times"),
+    "captions": Command("synvid.captions", "CaptionsArgs", "videos to a prompt file, described by a vision model"),
+    "budget": Command("synvid.budget", "BudgetArgs", "GPU hours, bytes and files of a planned SynVid dataset"),
+    "encode": Command("headless.encode", "EncodeArgs", "a prompt file to a plan of trajectories to capture"),
+    "capture": Command("headless.capture", "CaptureArgs", "a plan's trajectories into a SynVid dataset"),
+    "decode": Command("headless.decode", "DecodeArgs", "a SynVid dataset's latents as videos"),
     "evaluate": Command("studies.evaluation", "EvaluateArgs", "how often a model shows what its prompts ask for"),
     "inspect": Command("inspect", "InspectArgs", "what a checkpoint or LoRA is, and whether it is whole and sound"),
     "merge-lora": Command("lora.merge", "MergeArgs", "a checkpoint with LoRAs merged into it"),

@@ -144,6 +144,8 @@ def stack_texts(texts: Sequence[tuple[Tensor, Tensor | None]], guidance: float |
     pooled = [vector for _, vector in texts if vector is not None]
     if len(pooled) != len(rows):
         raise SynVidError("a prompt of the plan has no pooled vector, which the network needs; encode it for this model")
+    if len({(row.shape[1], len(vector)) for row, vector in zip(rows, pooled, strict=True)}) > 1:
+        raise SynVidError("prompts of the plan were encoded by different text encoders; make a plan for each")
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     return Conditioning(

@@ -34,7 +34,7 @@ FLOORS = (
     {"lora", "synvid"},
     {"distill"},
     {"tiny"},
-    {"studies"},
+    {"studies", "headless"},
     {"comfy_client", "cli", "inspect"},
     {"__main__"},
 )

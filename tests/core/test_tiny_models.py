@@ -20,7 +20,7 @@ from accvideo_core.devices import pick_device
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
 from accvideo_core.sampling import make_noise
 from accvideo_core.studies import compare, evaluation
-from accvideo_core.tiny import LATENT_SCALE, clips, generate, load_tiny, muon, oracle, tasks, training, weights_path
+from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, tasks, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
@@ -325,6 +325,7 @@ def test_impossible_sizes_are_named(size, said):
 
 
 def test_generate_writes_a_video_and_its_recipe(tmp_path, capsys):
+    from accvideo_core.headless import generate
     from accvideo_core.media import read_mp4
 
     path = tmp_path / "clip.mp4"

@@ -1,0 +1,111 @@
+"""`accvideo capture`: the trajectories of a plan, into a dataset; alone, or as one of many processes that torchrun starts.
+
+Started again with any number of processes it captures what is missing, and nothing twice.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from ..checkpoint.fingerprint import fingerprint
+from ..devices import pick_device
+from ..errors import InvalidValueError
+from ..lora.streaming import sha256_of
+from ..schedule import get_preset
+from ..synvid import Header, SynVidStore
+from ..synvid.capture import capture, my_share
+from ..synvid.plan import Plan
+from ..synvid.reader import HEADER
+from .models import BUNDLED, Precision, check_fits, find_network, load_network
+
+
+@dataclass(frozen=True)
+class CaptureArgs:
+    """Capture a teacher's denoising trajectories. On several GPUs: torchrun --nproc-per-node 8 -m accvideo_core capture ..."""
+
+    plan: Path
+    """The plan's folder (accvideo encode)."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The dataset's folder. If it is one already, what it lacks of the plan is captured into it."""
+    teacher: str = BUNDLED
+    """The teacher's weights in any layout `accvideo inspect` reads, or tiny for the bundled teacher."""
+    batch: Annotated[int, tyro.conf.arg(aliases=["-b"])] = 1
+    """Trajectories at a time, a file for each batch."""
+    steps: int | None = None
+    """Steps of the schedule; default 50."""
+    keys: int | None = None
+    """Segments that the key latents divide it into; default 5. It must divide the steps."""
+    full: bool = False
+    """Keep the latent after every step, not the key latents alone."""
+    shift: float | None = None
+    """Time shift of the schedule; default 7."""
+    guidance: float | None = None
+    """Embedded guidance; default 6."""
+    store_noise: bool = False
+    """Keep the noise in the files, instead of making it again from its seed."""
+    latents: Literal["float16", "float32"] = "float16"
+    """What latents are stored as."""
+    dtype: Precision = "auto"
+    """Precision of the network; auto is bfloat16, on a CPU float32."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto; under torchrun each process takes its own GPU."""
+    json: bool = False
+    """Print what was done as JSON."""
+
+
+def run(args: CaptureArgs) -> int:
+    """Capture this process's share and print how many trajectories that were; 1 if some had to be left out."""
+    if args.full and args.keys is not None:
+        raise InvalidValueError("--full keeps the latent after every step; leave out --keys")
+    plan, device = Plan(args.plan), _device(args.device)
+    file, family = find_network(args.teacher, "teacher")
+    network = load_network(file, device, args.dtype)
+    preset = get_preset(family)
+    steps = preset.teacher_steps if args.steps is None else args.steps
+    new = not (args.out / HEADER).exists()
+    header = Header.of(
+        family,
+        fingerprint(network.state_dict().items()),
+        steps,
+        steps if args.full else (preset.keys or 5) if args.keys is None else args.keys,
+        preset.shift if args.shift is None else args.shift,
+        None if network.guidance_in is None else preset.guidance if args.guidance is None else args.guidance,
+        dtype=args.latents,
+        store_noise=args.store_noise,
+        teacher=file.name,
+        file_sha256=sha256_of([file]) if new and file.is_file() else None,
+    )
+    store = SynVidStore(args.out, header)
+    items, rank = my_share(plan, store), int(os.environ.get("RANK", 0))
+    if items:
+        check_fits(network, plan.text(items[0].text))
+    quiet = args.json or rank > 0
+    with tqdm(total=len(items), desc="capturing", unit="trajectory", smoothing=0, disable=quiet, leave=False) as bar:
+        faults = capture(network, plan, items, store, args.batch, device, lambda count: bar.update(count) and None)
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    captured = len(items) - len(faults)
+    if args.json:
+        print(json_module.dumps({"dataset": str(args.out), "rank": rank, "captured": captured, "left_out": faults}))
+    else:
+        print(f"{args.out}: {captured} trajectories captured by process {rank}, {len(faults)} left out")
+    return 1 if faults else 0
+
+
+def _device(name: str) -> torch.device:
+    """Under torchrun every process of a machine has a GPU of its own."""
+    device, local = pick_device(name), os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or local is None or name[-1].isdigit():
+        return device
+    device = pick_device(f"cuda:{local}")
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,91 @@
+"""`accvideo encode`: a prompt file to a plan, every prompt encoded once, so that the teacher's machine needs no text encoder."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+from ..devices import pick_device
+from ..errors import InvalidValueError, PromptError
+from ..synvid import sample_id
+from ..synvid.plan import Plan, prompt_seed
+from ..synvid.prompts import read_prompts
+from ..tiny.pipeline import latent_shape
+from .models import BUNDLED, SIZES, Precision, load_text
+
+
+@dataclass(frozen=True)
+class EncodeArgs:
+    """Encode prompts into a plan for `accvideo capture`. Run it again to add prompts: what is in the plan already is kept."""
+
+    prompts: tyro.conf.Positional[Path]
+    """The prompts: a .txt with one a line, a .csv with a column `prompt`, or a .jsonl of objects with a `prompt`; the last two
+    may also have an `id` and a `seed`."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The plan's folder."""
+    text_encoder: str = BUNDLED
+    """tiny for the bundled one, or the folder of HunyuanVideo's two (text_encoder, text_encoder_2)."""
+    frames: int | None = None
+    """Frames of the videos, 4n+1; default 93, of the tiny world 17."""
+    height: int | None = None
+    """Their height in pixels, a multiple of 16; default 544, of the tiny world 64."""
+    width: int | None = None
+    """Their width in pixels, a multiple of 16; default 960, of the tiny world 64."""
+    seeds: int = 1
+    """Trajectories of each prompt, each from its own noise; a prompt that names its seed has that one alone."""
+    seed: int = 0
+    """Another number gives every prompt other noise."""
+    device: str = "auto"
+    """cpu, cuda, mps, or auto."""
+    dtype: Precision = "auto"
+    """Precision of HunyuanVideo's text encoders; auto is float16, on a CPU float32."""
+    json: bool = False
+    """Print what was done as JSON."""
+
+
+def run(args: EncodeArgs) -> int:
+    """Write the plan and print how many samples it has; 1 if a prompt could not be encoded, and the others are in it."""
+    if args.seeds < 1:
+        raise InvalidValueError(f"seeds is {args.seeds}; it must be at least 1")
+    size = SIZES["tiny" if args.text_encoder == BUNDLED else "hunyuan-t2v"]
+    given = (args.frames, args.height, args.width)
+    shape = latent_shape(*(own if own is not None else usual for own, usual in zip(given, size, strict=False)))
+    prompts, plan = read_prompts(args.prompts), Plan(args.out, create=True)
+    wanted = []
+    for prompt in prompts:
+        copies = range(args.seeds) if prompt.seed is None else range(1)
+        if prompt.id is not None and len(copies) > 1:
+            raise InvalidValueError(f"the prompt with id {prompt.id!r} can have one sample alone; leave out its id, or --seeds")
+        for copy in copies:
+            seed = prompt_seed(prompt.text, args.seed, copy) if prompt.seed is None else prompt.seed
+            name = sample_id(prompt.text, seed, shape) if prompt.id is None else prompt.id
+            if name not in plan.items:
+                wanted.append((prompt.text, seed, name))
+    encoder = load_text(args.text_encoder, pick_device(args.device), args.dtype) if wanted else None
+    faults = []
+    encoded: dict[str, tuple[Tensor, Tensor]] = {}
+    for text, seed, name in tqdm(wanted, desc="encoding", unit="sample", disable=args.json, leave=False):
+        assert encoder is not None
+        try:
+            if text not in encoded:  # copies of a prompt follow one another
+                encoded = {text: encoder.encode(text)}
+        except PromptError as error:
+            faults.append(str(error))
+            continue
+        plan.add(text, *encoded[text], seed, shape, name)
+    added = len(wanted) - len(faults)
+    for fault in faults:
+        print(f"left out: {fault}", file=sys.stderr)
+    if args.json:
+        print(json_module.dumps({"plan": str(args.out), "samples": len(plan.items), "added": added, "left_out": faults}))
+    else:
+        sizes = "x".join(map(str, shape))
+        print(f"{args.out}: {len(plan.items)} samples, {added} of them new, latents {sizes}, {len(faults)} left out")
+    return 1 if faults else 0

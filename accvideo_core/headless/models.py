@@ -1,0 +1,102 @@
+"""The models that a command's options name: "tiny" for the bundled ones, else files and folders of the released ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .. import tiny
+from ..checkpoint import load_student, open_checkpoint
+from ..dit import HunyuanVideoDiT
+from ..errors import CheckpointError
+from ..synvid.text_encoders import HunyuanText, TextEncoder
+from ..synvid.video_vae import HunyuanVAE, VideoVAE
+from ..tiny.clips import FPS, FRAMES, SIZE
+from ..tiny.vae import LATENT_SCALE, to_pixels
+
+BUNDLED = "tiny"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Size(NamedTuple):
+    """What a family's videos usually are: frames (4n+1), height and width in pixels (multiples of 16), frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: int
+
+
+SIZES = {"tiny": Size(FRAMES, SIZE, SIZE, FPS), "hunyuan-t2v": Size(93, 544, 960, 24)}
+
+
+class TinyText:
+    """The bundled text encoder as a `TextEncoder`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._encoder = tiny.load_text_encoder().to(device)
+
+    @torch.no_grad()
+    def encode(self, prompt: str) -> tuple[Tensor, Tensor]:
+        text, pooled, _ = self._encoder.encode([prompt])
+        return text[0].cpu(), pooled[0].cpu()
+
+
+class BundledVAE:
+    """The bundled VAE as a `VideoVAE`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._vae, self._device = tiny.load_vae().to(device), device
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> NDArray[np.uint8]:
+        return to_pixels(self._vae.decode(latent[None].to(self._device, torch.float32) / LATENT_SCALE))[0]
+
+
+def load_text(where: str, device: torch.device, dtype: Precision = "auto") -> TextEncoder:
+    """The text encoder(s): the bundled one (always float32), or HunyuanVideo's in a folder ("auto" as the official code:
+    float16, on a CPU float32)."""
+    return TinyText(device) if where == BUNDLED else HunyuanText.load(where, device, _dtype(dtype, device, torch.float16))
+
+
+def load_vae(where: str, device: torch.device, dtype: Precision = "auto", tiled: bool = True) -> VideoVAE:
+    """The VAE: the bundled one (always float32), or HunyuanVideo's in a folder ("auto" as the official code: float16, on a
+    CPU float32)."""
+    return BundledVAE(device) if where == BUNDLED else HunyuanVAE.load(where, device, _dtype(dtype, device, torch.float16), tiled)
+
+
+def find_network(where: str, which: tiny.Which) -> tuple[Path, str]:
+    """(file, family) of the bundled student or teacher, or of a file in any layout. CheckpointError if it cannot be read."""
+    if where == BUNDLED:
+        tiny.check_match(which)
+    path = tiny.weights_path(which) if where == BUNDLED else Path(where)
+    with open_checkpoint(path) as checkpoint:
+        return path, checkpoint.family
+
+
+def load_network(path: Path, device: torch.device, dtype: Precision = "auto") -> HunyuanVideoDiT:
+    """The network in a file, without gradients ("auto": bfloat16, on a CPU float32)."""
+    return load_student(path, device, _dtype(dtype, device, torch.bfloat16)).requires_grad_(False)
+
+
+def check_fits(network: HunyuanVideoDiT, text: tuple[Tensor, Tensor | None]) -> None:
+    """CheckpointError unless a prompt's encoding has the widths that the network takes."""
+    widths = text[0].shape[-1], None if text[1] is None else text[1].shape[-1]
+    wanted = network.config.text_dim, network.config.pooled_dim
+    if widths != wanted:
+        raise CheckpointError(
+            f"the text is {widths[0]} wide and pooled {widths[1]}, but the network takes {wanted[0]} and {wanted[1]}; encode the "
+            "prompts with the text encoder the network was made for"
+        )
+
+
+def _dtype(name: Precision, device: torch.device, usual: torch.dtype) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else usual
+    return DTYPES[name]
