@@ -162,3 +162,24 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
+
+
+def append_at(path: Path, end: int, line: bytes) -> int:
+    """Write a line at byte `end` of a file that only grows, and flush it to the disk; returns where the next one begins.
+
+    What lies beyond `end` goes: it is what a writer was writing when it died. `end` is that of the last whole line. The file,
+    not its folder, is made if missing. On failure what was there up to `end` is untouched. Raises OutputError as `atomic_path`.
+    """
+    try:
+        new = not path.exists()
+        with open(path, "xb" if new else "r+b", buffering=0) as file:
+            file.seek(end)
+            file.truncate()
+            if file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file.fileno())
+        if new:
+            sync_folder(path.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
+    return end + len(line)
