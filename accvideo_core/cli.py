@@ -35,6 +35,7 @@ COMMANDS = {
     "encode": Command("headless.encode", "EncodeArgs", "a prompt file to a plan of trajectories to capture"),
     "capture": Command("headless.capture", "CaptureArgs", "a plan's trajectories into a SynVid dataset"),
     "decode": Command("headless.decode", "DecodeArgs", "a SynVid dataset's latents as videos"),
+    "queue": Command("comfy_queue", "QueueArgs", "a capture workflow with thousands of prompts, through a running ComfyUI"),
     "evaluate": Command("studies.evaluation", "EvaluateArgs", "how often a model shows what its prompts ask for"),
     "inspect": Command("inspect", "InspectArgs", "what a checkpoint or LoRA is, and whether it is whole and sound"),
     "merge-lora": Command("lora.merge", "MergeArgs", "a checkpoint with LoRAs merged into it"),

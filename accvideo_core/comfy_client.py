@@ -24,10 +24,23 @@ from .errors import AccVideoError
 from .files import atomic_path
 
 Prompt = Mapping[str, Mapping[str, Any]]
+SYNVID_MISSING = "/accvideo/synvid/missing"  # what our pack answers: {dataset, ids} -> {dataset, missing}
 
 
 class ComfyError(AccVideoError):
     """ComfyUI cannot be reached, refused a prompt, or failed while running it."""
+
+
+class ComfyUnreachable(ComfyError):
+    """Nobody answers at the address, or not in time."""
+
+
+class ComfyRefused(ComfyError):
+    """ComfyUI did not accept the prompt: it lacks a node, or an input cannot be."""
+
+
+class ComfyForgot(ComfyError):
+    """ComfyUI does not know a prompt that was queued: it was removed, or ComfyUI was started again."""
 
 
 class ComfyInterrupted(ComfyError):
@@ -105,14 +118,15 @@ class ComfyClient:
             prompt_id = await self.queue(prompt, workflow)
             if on_queued is not None:
                 on_queued(prompt_id)
-            ended = False
-            while True:
-                if ended:  # said on the websocket; the record is written right after
-                    await asyncio.sleep(0.05)
-                else:
-                    ended = await self._follow(socket, prompt_id, on_progress, on_preview)
-                if (entry := await self._entry(prompt_id)) is not None:
-                    break
+            entry = await self._end(socket, prompt_id, on_progress, on_preview)
+        return _result(prompt_id, entry, time.monotonic() - begin)
+
+    async def rejoin(self, prompt_id: str, on_progress: Callable[[Progress], None] | None = None) -> Result:
+        """Wait for the end of a prompt queued before, after the connection was lost. ComfyForgot if ComfyUI does not know it."""
+        begin = time.monotonic()
+        async with self._listen() as socket:
+            if (entry := await self._entry(prompt_id)) is None:
+                entry = await self._end(socket, prompt_id, on_progress, None)
         return _result(prompt_id, entry, time.monotonic() - begin)
 
     async def queue(self, prompt: Prompt, workflow: Mapping[str, Any] | None = None) -> str:
@@ -122,11 +136,24 @@ class ComfyClient:
             body["extra_data"] = {"extra_pnginfo": {"workflow": workflow}}
         status, answer = await self._request("POST", "/prompt", body)
         if status == 200 and answer.get("node_errors"):
-            await self._request("POST", "/queue", {"delete": [answer["prompt_id"]]})
+            await self.remove(answer["prompt_id"])
             await self.interrupt(answer["prompt_id"])
         if status != 200 or answer.get("node_errors"):
-            raise ComfyError(f"ComfyUI refused the prompt: {describe_refusal(answer)}")
+            raise ComfyRefused(f"ComfyUI refused the prompt: {describe_refusal(answer)}")
         return str(answer["prompt_id"])
+
+    async def remove(self, prompt_id: str) -> None:
+        """Take a prompt off the queue; one that is running runs on."""
+        await self._request("POST", "/queue", {"delete": [prompt_id]})
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer of a pack's own route. Raises ComfyError with the route's sentence, or because there is no such route."""
+        status, answer = await self._request("POST", path, body)
+        if status in (404, 405):
+            raise ComfyError(f"ComfyUI at {self.url} does not know {path}; install AccVideo there, or update it, and restart")
+        if status != 200:
+            raise ComfyError(f"ComfyUI at {self.url} answered {path}: {answer.get('error') or f'status {status}'}")
+        return answer
 
     async def interrupt(self, prompt_id: str | None = None) -> None:
         """Stop what is running, or only if it is this prompt."""
@@ -157,6 +184,23 @@ class ComfyClient:
             temporary.write_bytes(content)
         return Path(path)
 
+    async def _end(
+        self,
+        socket: aiohttp.ClientWebSocketResponse,
+        prompt_id: str,
+        on_progress: Callable[[Progress], None] | None,
+        on_preview: Callable[[bytes], None] | None,
+    ) -> dict[str, Any]:
+        """The record of a run, once it has ended."""
+        ended = False
+        while True:
+            if ended:  # said on the websocket; the record is written right after
+                await asyncio.sleep(0.05)
+            else:
+                ended = await self._follow(socket, prompt_id, on_progress, on_preview)
+            if (entry := await self._entry(prompt_id)) is not None:
+                return entry
+
     async def _entry(self, prompt_id: str) -> dict[str, Any] | None:
         entry = await self.history(prompt_id)
         if entry is not None:
@@ -166,7 +210,7 @@ class ComfyClient:
             return None
         entry = await self.history(prompt_id)  # it may have ended between the two questions
         if entry is None:
-            raise ComfyError(
+            raise ComfyForgot(
                 f"ComfyUI no longer knows prompt {prompt_id}; it was removed from the queue or ComfyUI was restarted"
             )
         return entry
@@ -229,9 +273,11 @@ class ComfyClient:
                 raise
             raise self._unreachable(error) from error
 
-    def _unreachable(self, error: BaseException) -> ComfyError:
+    def _unreachable(self, error: BaseException) -> ComfyUnreachable:
         reason = str(error) or type(error).__name__
-        return ComfyError(f"no ComfyUI answers at {self.url} ({reason}); start it, or give the address it prints at its start")
+        return ComfyUnreachable(
+            f"no ComfyUI answers at {self.url} ({reason}); start it, or give the address it prints at its start"
+        )
 
     @property
     def _http(self) -> aiohttp.ClientSession:

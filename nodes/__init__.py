@@ -2,7 +2,9 @@
 
 from .loaders import AccVideoStudentLoader, AccVideoTinyModels
 from .lora import AccVideoLoraApply, AccVideoLoraExtract, AccVideoLoraMerge, AccVideoLoraStack
+from .prompts import AccVideoPlanWriter, AccVideoPrompts
 from .sampling import AccVideoSampler, AccVideoSigmas
+from .synvid import AccVideoSynVidInspect, AccVideoSynVidWriter, AccVideoTrajectorySampler
 
 # Node classes by id and display name. Written out, because asking the schemas would list every model folder at start.
 NODES = {
@@ -14,4 +16,9 @@ NODES = {
     "AccVideoLoraExtract": (AccVideoLoraExtract, "AccVideo LoRA Extract"),
     "AccVideoSampler": (AccVideoSampler, "AccVideo Sampler"),
     "AccVideoSigmas": (AccVideoSigmas, "AccVideo Sigmas"),
+    "AccVideoTrajectorySampler": (AccVideoTrajectorySampler, "AccVideo Trajectory Sampler"),
+    "AccVideoSynVidWriter": (AccVideoSynVidWriter, "AccVideo SynVid Writer"),
+    "AccVideoSynVidInspect": (AccVideoSynVidInspect, "AccVideo SynVid Inspect"),
+    "AccVideoPrompts": (AccVideoPrompts, "AccVideo Prompts"),
+    "AccVideoPlanWriter": (AccVideoPlanWriter, "AccVideo Plan Writer"),
 }

@@ -12,11 +12,14 @@ import copy
 import inspect
 import logging
 import math
+import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import comfy.latent_formats
 import comfy.lora
 import comfy.model_management
 import comfy.model_patcher
@@ -36,9 +39,12 @@ import torch
 from tqdm.auto import tqdm
 
 from ..accvideo_core.checkpoint import FLOAT8
+from ..accvideo_core.checkpoint.fingerprint import fingerprint
+from ..accvideo_core.checkpoint.layouts import COMFYUI_NATIVE
+from ..accvideo_core.devices import synchronize
 from ..accvideo_core.errors import AccVideoError, AccVideoWarning, CheckpointError, InvalidValueError, LoraError
 from ..accvideo_core.progress import byte_progress
-from ..accvideo_core.sampling import Step, euler_flow
+from ..accvideo_core.sampling import Observer, Step, euler_flow
 
 log = logging.getLogger("accvideo")
 
@@ -203,15 +209,21 @@ def model_output(kind: str, name: str) -> tuple[Path, str]:
     """
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
     folder = next((folder for folder in folders if folder.name == kind), folders[0])
+    path = _inside(folder, name)
+    if path.suffix != ".safetensors":
+        path = path.with_name(path.name + ".safetensors")
+    return path, str(path.relative_to(folder))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file or folder of that name in a folder; InvalidValueError for a name that leads out of it or is none."""
     parts = [part.strip() for part in name.replace("\\", "/").split("/")]
     path = folder.joinpath(*parts)
     if any(part in ("", ".", "..") or set(part) & set(':*?"<>|\0') for part in parts):
         raise InvalidValueError(f"{name!r} is no name for a file in {folder}; write one like my_file or subfolder/my_file")
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         raise InvalidValueError(f"{name!r} leads out of {folder}; write a name inside it")
-    if path.suffix != ".safetensors":
-        path = path.with_name(path.name + ".safetensors")
-    return path, str(path.relative_to(folder))
+    return path
 
 
 @contextlib.contextmanager
@@ -430,6 +442,7 @@ def _sample_euler_flow(
     extra_args: dict[str, Any] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     disable: bool | None = None,
+    observers: tuple[Observer, ...] = (),
 ) -> torch.Tensor:
     """`euler_flow` as a ComfyUI sampler function. The callback drives progress and preview, and raises on an interrupt."""
     extra_args = extra_args or {}
@@ -447,7 +460,22 @@ def _sample_euler_flow(
                 )
             bar.update()
 
-        return euler_flow(velocity, x, sigmas, observers=[report])
+        return euler_flow(velocity, x, sigmas, observers=[*observers, report])
+
+
+class CapturingEuler(comfy.samplers.KSAMPLER):
+    """A native SAMPLER of Euler steps that shows each to `observer`. `seconds` is what the last run took, without loading."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(_sample_euler_flow, extra_options={"observers": (observer,)})
+        self.seconds = 0.0
+
+    def sample(self, *args: Any, **keywords: Any) -> torch.Tensor:
+        begin = time.perf_counter()
+        result = super().sample(*args, **keywords)
+        synchronize(result.device)
+        self.seconds = time.perf_counter() - begin
+        return result
 
 
 def solver(name: str) -> comfy.samplers.Sampler:
@@ -514,11 +542,12 @@ def sample(
     seed: int,
     sigmas: torch.Tensor,
     sampler: comfy.samplers.Sampler,
+    noise: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """A new LATENT: `samples` (from `prepare_latent`) noised to sigmas[0] and sampled to sigmas[-1].
 
-    Noise, batch_index and noise_mask are handled as by the native KSampler; without a negative the guider knows only
-    the positive, as the native BasicGuider.
+    Noise (unless it is given), batch_index and noise_mask are handled as by the native KSampler; without a negative the
+    guider knows only the positive, as the native BasicGuider.
     """
     result = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
     if len(sigmas) < 2:
@@ -527,7 +556,7 @@ def sample(
     guider.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
     guider.set_cfg(cfg)
     sampled = guider.sample(
-        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")),
+        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if noise is None else noise,
         samples,
         sampler,
         sigmas,
@@ -537,3 +566,143 @@ def sample(
         seed=seed,
     )
     return result | {"samples": sampled.to(comfy.model_management.intermediate_device())}
+
+
+# ---- SynVid ---------------------------------------------------------------------------------------------------------
+
+
+def input_files(suffixes: Iterable[str]) -> list[str]:
+    """Names of the files in ComfyUI's input folder that end so, as its lists show them."""
+    folder = Path(folder_paths.get_input_directory())
+    paths = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
+
+
+def input_path(name: str) -> Path:
+    """Where a file of `input_files` lies; InvalidValueError when there is none of that name."""
+    folder = Path(folder_paths.get_input_directory())
+    path = _inside(folder, name)
+    if not path.is_file():
+        raise InvalidValueError(f"no file {name!r} in ComfyUI's input folder; put it into {folder} and refresh")
+    return path
+
+
+def synvid_path(name: str) -> Path:
+    """The folder of a dataset or plan: a name in ComfyUI's output folder, `synvid/` there, or in a folder that
+    extra_model_paths.yaml lists under `synvid`, which goes before. A whole path may be given if it is inside one of them.
+
+    Raises InvalidValueError for a name that leads out of them or is none.
+    """
+    folders = [Path(folder) for folder in folder_paths.folder_names_and_paths.get("synvid", ([],))[0]]
+    folders.append(Path(folder_paths.get_output_directory(), "synvid"))
+    if Path(name).is_absolute():
+        home = next((folder for folder in folders if Path(name).is_relative_to(folder)), None)
+        if home is None:
+            raise InvalidValueError(f"{name!r} is in none of {', '.join(map(str, folders))}; write a name inside the first")
+        return _inside(home, str(Path(name).relative_to(home)))
+    paths = [_inside(folder, name) for folder in folders]
+    return next((path for path in paths if path.is_dir()), paths[0])
+
+
+def add_route(path: str, answer: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+    """Let ComfyUI's server answer POST requests there: `answer` is given the request's JSON object and returns what is sent as
+    JSON; an AccVideoError becomes status 400 with its sentence. Without a running server there is nothing to add it to."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if server is None:
+        return
+    from aiohttp import web
+
+    async def handle(request: web.Request) -> web.Response:
+        try:
+            body = await request.json()
+            return web.json_response(await answer(body if isinstance(body, dict) else {}))
+        except (AccVideoError, ValueError, TypeError, KeyError) as error:
+            return web.json_response({"error": str(error)}, status=400)
+
+    server.routes.post(path)(handle)
+
+
+def teacher_fingerprint(model: comfy.model_patcher.ModelPatcher) -> str:
+    """`checkpoint.fingerprint` of a MODEL's weights, the same as of the file it was loaded from, in the same dtype. One with
+    patches (LoRA, ...) has another, which hangs on them too."""
+    if found := [name for name in ("model_function_wrapper", "sampler_cfg_function") if name in model.model_options]:
+        log.warning("AccVideo: the model has a %s, which its fingerprint does not see", " and a ".join(found))
+    return fingerprint(_teacher_tensors(model))
+
+
+def _teacher_tensors(model: comfy.model_patcher.ModelPatcher) -> Iterator[tuple[str, torch.Tensor]]:
+    is_hunyuan = model_kind(model).startswith("HunyuanVideo")
+    scales = {}
+    tensors = dict(model.model.diffusion_model.named_parameters())
+    for name in [name for name in tensors if name.endswith((".scale_weight", ".scale_input"))]:  # 0.3.64's scaled fp8
+        scales[name.replace("scale_weight", "weight")] = tensors.pop(name)
+    for name, tensor in tensors.items():
+        key = f"diffusion_model.{name}"
+        tensor = model.backup[key].weight if key in model.backup else model.object_patches_backup.get(key, tensor)
+        if name in scales:
+            tensor = tensor.to(scales[name].dtype) * scales[name].to(tensor.device)
+        elif hasattr(tensor, "_qdata"):
+            tensor = tensor.dequantize()
+        yield (COMFYUI_NATIVE.original(name) or name) if is_hunyuan else name, tensor
+    for key, patches in model.patches.items():
+        for i, (strength, patch, kept, rows, _) in enumerate(patches):
+            for j, tensor in enumerate(_tensors_in(getattr(patch, "weights", patch))):
+                yield f"{key} patch {i}.{j} {strength:g} {kept:g} {rows}", tensor
+    for key, value in model.object_patches.items():
+        if isinstance(value, torch.Tensor):
+            yield f"{key} replaced", value
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors_in(part)
+
+
+_PLAIN = {"pooled_output", "guidance", "attention_mask"}
+
+
+def encode_prompt(clip: comfy.sd.CLIP, prompt: str) -> list:
+    """CONDITIONING of a prompt, as the native CLIPTextEncode makes it."""
+    return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+def plain_text(conditioning: list, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(text (1, L, D) at its valid length, pooled (1, P) or None) of a CONDITIONING, on the CPU.
+
+    Raises InvalidValueError for one that is more than a prompt: several texts, areas, pictures, hooks, time ranges.
+    """
+    if len(conditioning) != 1 or conditioning[0][0].shape[0] != 1:
+        raise InvalidValueError(
+            f"the {name} conditioning has {len(conditioning)} parts; a trajectory has one prompt, so connect a CLIP Text Encode"
+        )
+    text, extra = conditioning[0]
+    if beside := sorted(key for key, value in extra.items() if key not in _PLAIN and value is not None):
+        raise InvalidValueError(
+            f"the {name} conditioning carries {', '.join(beside)}, which a SynVid dataset does not hold; connect plain text"
+        )
+    if (mask := extra.get("attention_mask")) is not None:
+        valid = mask.reshape(-1).bool()
+        if not valid[: int(valid.sum())].all():
+            raise InvalidValueError(f"the {name} conditioning has padding between its words; connect a CLIP Text Encode")
+        text = text[:, : int(valid.sum())]
+    pooled = extra.get("pooled_output")
+    return text.detach().cpu().clone(), None if pooled is None else pooled.detach().cpu().clone()
+
+
+_LATENT_FORMATS = {"wan": comfy.latent_formats.Wan21}  # by the family's first word; all others are HunyuanVideo's
+
+
+def decode_latent(vae: comfy.sd.VAE, latent: torch.Tensor, family: str) -> torch.Tensor:
+    """Frames (T', H', W', 3) in [0, 1] of one model-space latent (C, T, H, W) by a native VAE; InvalidValueError if it is
+    another model's."""
+    if vae.latent_channels != latent.shape[0]:
+        raise InvalidValueError(
+            f"the VAE has latents of {vae.latent_channels} channels, the dataset's have {latent.shape[0]}; connect the VAE of "
+            f"the {family} model"
+        )
+    formats = _LATENT_FORMATS.get(family.split("-")[0], comfy.latent_formats.HunyuanVideo)
+    frames = vae.decode(formats().process_out(latent[None].float()))
+    return frames.reshape(-1, *frames.shape[-3:])

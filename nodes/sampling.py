@@ -19,7 +19,7 @@ MAX_STEPS = 100_000  # of the whole schedule that a denoise below 1 takes the en
 FAMILY_TOOLTIP = "Which kind of student this is; it decides the solver, and steps, shift and guidance where they are left out."
 
 
-def _family_input() -> io.Combo.Input:
+def family_input() -> io.Combo.Input:
     return io.Combo.Input("family", options=list(PRESETS), default="hunyuan-t2v", tooltip=FAMILY_TOOLTIP)
 
 
@@ -47,7 +47,7 @@ def _schedule_inputs() -> list[io.Input]:
     ]
 
 
-def _check_family(family: str | None) -> bool | str:
+def check_family(family: str | None) -> bool | str:
     """For validate_inputs: True, or a sentence. None stands for an input that is linked and not known yet."""
     try:
         return family is None or bool(get_preset(family))
@@ -98,7 +98,7 @@ class AccVideoSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="Seed of the noise; the same seed gives the same video.",
                 ),
-                _family_input(),
+                family_input(),
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="What to avoid. Only used with cfg above 1; students do not need it."
                 ),
@@ -137,7 +137,7 @@ class AccVideoSampler(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, family: str | None = None) -> bool | str:
-        return _check_family(family)
+        return check_family(family)
 
     @classmethod
     def execute(
@@ -194,13 +194,13 @@ class AccVideoSigmas(io.ComfyNode):
                 "The schedule AccVideo Sampler uses, for SamplerCustomAdvanced and other custom samplers: linspace(1, 0) "
                 "shifted, the key points of the teacher's trajectory. Set the guidance yourself with FluxGuidance."
             ),
-            inputs=[_family_input(), *_schedule_inputs()],
+            inputs=[family_input(), *_schedule_inputs()],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels from 1 to 0.")],
         )
 
     @classmethod
     def validate_inputs(cls, family: str | None = None) -> bool | str:
-        return _check_family(family)
+        return check_family(family)
 
     @classmethod
     def execute(cls, family: str, steps: int | None = None, shift: float | None = None) -> io.NodeOutput:

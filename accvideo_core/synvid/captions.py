@@ -109,7 +109,7 @@ class Tally:
 
 
 def run(args: CaptionsArgs) -> int:
-    """Describe what is not described yet and print how many that were; 1 if a video could not be, and is tried again next time."""
+    """Describe what is not described yet and print how many that were; 1 if some could not be: they are tried again next time."""
     for name in ("frames", "side", "max_tokens", "workers", "tries", "min_words"):
         if getattr(args, name) < 1:
             raise InvalidValueError(f"{name} is {getattr(args, name)}; it must be at least 1")

@@ -20,6 +20,11 @@ NODES = (
     "AccVideoLoraExtract",
     "AccVideoSampler",
     "AccVideoSigmas",
+    "AccVideoTrajectorySampler",
+    "AccVideoSynVidWriter",
+    "AccVideoSynVidInspect",
+    "AccVideoPrompts",
+    "AccVideoPlanWriter",
 )
 NOTES = ("Note", "MarkdownNote")  # of the front end alone
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

@@ -68,7 +68,7 @@ def test_bytes_and_files_are_what_a_store_writes(tmp_path: Path, store_noise: bo
 def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["budget", "--split", "medium", "--count", "38400", "--gpu", "h200"]) == 0
     table = capsys.readouterr().out
-    assert "1,970 GPU hours" in table and "SGLang" in table and "5 keys, noise from its seed" in table
+    assert "1,966 GPU hours" in table and "SGLang" in table and "5 keys, noise from its seed" in table
     assert cli.main(["budget", "--count", "110000", "--gpus", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [it["gpus"] for it in found["fleets"]] == [64] and found["storage"][0]["bytes"] == pytest.approx(3.7e12, rel=0.05)

@@ -109,19 +109,8 @@ def run(endpoint: Endpoint, videos: Path, tmp_path: Path) -> Callable[..., tuple
 
     def go(*options: str, also: Sequence[Path] = ()) -> tuple[int, dict[str, str]]:
         out = tmp_path / "prompts.jsonl"
-        words = [
-            str(videos),
-            *map(str, also),
-            "-o",
-            str(out),
-            "--url",
-            endpoint.url,
-            "--timeout",
-            "0.4",
-            "--wait",
-            "0.01",
-            *options,
-        ]
+        patience = ["--timeout", "0.4", "--wait", "0.01"]
+        words = [str(videos), *map(str, also), "-o", str(out), "--url", endpoint.url, *patience, *options]
         code = cli.main(["captions", *words])
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         assert len({row["video"] for row in rows}) == len(rows), "a video is there twice"
@@ -149,7 +138,7 @@ def test_whatever_goes_wrong_nothing_is_lost_and_nothing_twice(endpoint: Endpoin
     for i, level in enumerate(LEVELS):
         endpoint.script[level] = MISBEHAVIOUR[i % 3 :: 3]
     assert run("-j", workers) == (0, ALL)
-    assert endpoint.asked == {level: 4 for level in LEVELS}
+    assert endpoint.asked == dict.fromkeys(LEVELS, 4)
     assert run("-j", workers) == (0, ALL), "a second run finds all done"
     assert sum(endpoint.asked.values()) == 4 * len(LEVELS)
 

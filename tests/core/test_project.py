@@ -29,13 +29,13 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 FLOORS = (
     {"__init__", "errors"},
     {"files", "devices", "progress"},
-    {"schedule", "dit", "media"},
+    {"schedule", "dit", "media", "comfy_client"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
     {"distill"},
     {"tiny"},
     {"studies", "headless"},
-    {"comfy_client", "cli", "inspect"},
+    {"comfy_queue", "cli", "inspect"},
     {"__main__"},
 )
 FLOOR_OF = {part: height for height, parts in enumerate(FLOORS) for part in parts}
