@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accvideo_core.dit import DiTConfig
 from accvideo_core.files import atomic_path
-from tests.comfyui.lora_worker import run_jobs
 from tests.comfyui.setup_envs import find_checkouts, prepare
 from tests.comfyui.test_sampling import small_wan
+from tests.comfyui.worker import run_jobs
 from tests.lora_files import FORMATS, WAN_FORMATS, from_native, write
 from tests.networks import random_weights
 
@@ -74,11 +74,13 @@ def count(args: Args, checkout: Path) -> list[dict[str, Any]]:
             files.append(write(format, states[family], trained=row.trained))
             files[-1].save(folder / f"lora{i}.safetensors")
             job = {
-                "weights": f"{family}.safetensors",
-                "inputs": None,
+                "file": f"{family}.safetensors",
+                "dtype": "float32",
+                "loader": "native",
+                "gives": ["weights"],
                 "loras": [{"file": f"lora{i}.safetensors", "strength": 1.0}],
             }
-            jobs += [job | {"loader": loader, "output": f"{loader}{i}"} for loader in LOADERS]
+            jobs += [job | {"applied_by": loader, "output": f"{loader}{i}"} for loader in LOADERS]
         run_jobs(checkout, prepare(checkout), folder, jobs)
         rows = []
         for i, (family, (format, row)) in enumerate(cases):

@@ -276,10 +276,10 @@ def from_native(native: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> di
 
 def _wan_modules(state: Mapping[str, Tensor], naming: str) -> Iterator[Module]:
     """Wan's released names, or diffusers' through its own conversion."""
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
     names = {name: name for name in state}
     if naming == "diffusers":
+        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
         # It renames a dict; the values tell which name became which.
         names = {old: new for new, old in convert_wan_transformer_to_diffusers({name: name for name in state}).items()}
     for name, weight in state.items():

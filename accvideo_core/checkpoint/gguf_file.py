@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -110,8 +111,9 @@ class GGUFFile:
             encoding="" if quantisation.name in _PLAIN else quantisation.name,
         )
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in memory of its own: as stored where that is a plain dtype, else dequantised to float32."""
+    def read(self, name: str, mapped: bool = False) -> torch.Tensor:
+        """The tensor on the CPU, in memory of its own: as stored where that is a plain dtype, else dequantised to float32.
+        Nothing is mapped."""
         info = self.tensors[name]
         raw = np.empty(info.nbytes, np.uint8)
         with self._lock:
@@ -194,5 +196,7 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtraError("GGUF files need the gguf package; install it: pip install gguf (or accvideo[gguf])") from error
+        raise MissingExtraError(
+            f"GGUF files need the gguf package; install it: {sys.executable} -m pip install gguf (the extra accvideo[gguf])"
+        ) from error
     return gguf

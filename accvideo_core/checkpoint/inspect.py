@@ -143,7 +143,7 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
     """
     dtype = {"stored": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     device = pick_device(args.device)
-    network = load_student(args.file, device=device, dtype=dtype, weights=args.weights)
+    network = load_student(args.file, device=device, dtype=dtype, weights=args.weights, mapped=True)
     generator = torch.Generator("cpu").manual_seed(0)
     c = network.config
     noise = torch.randn(_STEP_LATENT, generator=generator)

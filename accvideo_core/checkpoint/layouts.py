@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -110,8 +110,12 @@ def split_name(name: str) -> tuple[str, str, str]:
     return (*_unnumbered(module), leaf)
 
 
+_NUMBER = re.compile(r"blocks\.(\d+)\.")
+
+
+@lru_cache(8192)  # every layout asks the same of a file's names
 def _unnumbered(name: str) -> tuple[str, str]:
-    number = re.search(r"blocks\.(\d+)\.", name)
+    number = _NUMBER.search(name)
     return (name, "") if number is None else (name.replace(number[0], "blocks.{}.", 1), number[1])
 
 

@@ -50,9 +50,10 @@ class PytorchFile:
             for name, value in self._values.items()
         }
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU in its stored dtype, in memory of its own."""
-        return self._values[name].clone(memory_format=torch.contiguous_format)
+    def read(self, name: str, mapped: bool = False) -> torch.Tensor:
+        """The tensor on the CPU in its stored dtype, in memory of its own or `mapped` (see `Checkpoint.read`)."""
+        value = self._values[name]
+        return value if mapped and value.is_contiguous() else value.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
         self._values = {}

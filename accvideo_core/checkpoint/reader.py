@@ -169,10 +169,16 @@ class Checkpoint:
         """Bytes the tensor takes in the file."""
         return sum(self._file.tensors[name].nbytes for name in self._stored(key))
 
-    def read(self, key: str) -> torch.Tensor:
-        """One tensor by its original name, on the CPU: in its stored dtype, quantised ones restored to float32."""
-        tensor = _stack([self._scales.restore(name, self._file.read(name)) for name in self._stored(key)], self.dtype(key))
-        return self._in_order(key, tensor)
+    def read(self, key: str, mapped: bool = False) -> torch.Tensor:
+        """One tensor by its original name, on the CPU: in its stored dtype, quantised ones restored to float32.
+
+        mapped  where the file has the very values (safetensors, zipped .pt), let the tensor lie over the file instead of in
+                memory of its own: nothing is copied, processes share it, and it outlives `close`. Writing to it does not
+                reach the file. Replacing the file, as this project does, leaves it alone (Windows refuses); overwriting the
+                file in place changes it or ends the process.
+        """
+        parts = [self._scales.restore(name, self._file.read(name, mapped)) for name in self._stored(key)]
+        return self._in_order(key, _stack(parts, self.dtype(key)))
 
     def scaled(self, key: str) -> Scaled | None:
         """The scale of a tensor that `read_stored` gives without it; None where there is none, or more than one."""
@@ -193,9 +199,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: {key} is stored in {len(stored)} parts with scales of their own; use read()")
         return self._in_order(key, _stack([self._file.read(name) for name in stored], self.stored_dtype(key)))
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All tensors, in memory."""
-        return {key: self.read(key) for key in self}
+    def state_dict(self, mapped: bool = False) -> dict[str, torch.Tensor]:
+        """All tensors, as `read` gives them."""
+        return {key: self.read(key, mapped) for key in self}
 
     @property
     def stored_names(self) -> dict[str, str]:
@@ -292,13 +298,18 @@ def holds_lora(path: str | Path) -> bool:
 
 
 def load_student(
-    path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, weights: str | None = None
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    weights: str | None = None,
+    mapped: bool = False,
 ) -> HunyuanVideoDiT:
     """The network with the weights of `path`, tensor by tensor, so memory peaks at the network and one tensor.
 
     dtype    what it computes in; None takes the stored dtype: the widest where several are mixed, bfloat16 for plain fp8
              casts (which it holds exactly) and for quantised weights
     weights  as for `open_checkpoint`
+    mapped   as for `Checkpoint.read`: on the CPU in its stored dtype the network then takes no memory of its own
     Raises CheckpointError as `open_checkpoint` does, and for Wan, which runs in ComfyUI alone.
     """
     with open_checkpoint(path, weights=weights) as checkpoint:
@@ -308,7 +319,7 @@ def load_student(
             )
         dtype = checkpoint.compute_dtype if dtype is None else dtype
         network = HunyuanVideoDiT(checkpoint.config, device="meta", dtype=dtype)
-        state = {key: checkpoint.read(key).to(device=device, dtype=dtype) for key in checkpoint}
+        state = {key: checkpoint.read(key, mapped).to(device=device, dtype=dtype) for key in checkpoint}
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
 

@@ -10,7 +10,10 @@ from .wan import WAN
 
 LAYOUTS: tuple[Layout, ...] = (*HUNYUAN, *WAN)
 
-_LORA = r"(\.|_)lora_(A|B|up|down|mid)\.|\.lora_[AB]$|\.(hada|lokr)_w\d|\.dora_scale$|\.lora\.(up|down)\."
+_LORA = (
+    r"\.lora_(up|down|mid)\.|\.lora_[AB](\.|$)|[._]lora\.(up|down)\.|\.lora_linear_layer\.|\.lora_magnitude_vector"
+    r"|\.(hada_[wt]|lokr_[wt])\d|\.dora_scale$|\.diff(_[bm])?$|\.[wb]_norm$|\.set_weight$"
+)
 # (what it is, how its names show it). The first that matches any name is what the error says.
 _REFUSED_NAMES: tuple[tuple[str, str], ...] = (
     ("a LoRA, not a whole model", _LORA),
@@ -63,7 +66,8 @@ def recognise(names: Iterable[str]) -> tuple[Layout, str, dict[str, Place | None
     def score(choice: tuple[Layout, str, dict[str, Place | None]]) -> int:
         return sum(place is not None for place in choice[2].values())
 
-    choices = [(layout, prefix, translate(layout, prefix)) for layout in LAYOUTS for prefix in PREFIXES]
+    prefixes = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)]
+    choices = [(layout, prefix, translate(layout, prefix)) for layout in LAYOUTS for prefix in prefixes]
     layout, prefix, table = max(choices, key=score)
     if not any(table.values()):
         stem = signed.string[: signed.start()]

@@ -18,13 +18,15 @@ _MAX_INDEX = 100_000_000
 class Container(Protocol):
     """A file, or several, of named tensors."""
 
+    path: Path
+
     @property
     def container(self) -> str: ...
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
     @property
     def metadata(self) -> Mapping[str, str]: ...
-    def read(self, name: str) -> torch.Tensor: ...
+    def read(self, name: str, mapped: bool = False) -> torch.Tensor: ...
     def close(self) -> None: ...
 
 
@@ -57,9 +59,9 @@ class Shards:
             self.close()
             raise
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU, in memory of its own."""
-        return self._shards[self._homes[name]].read(name)
+    def read(self, name: str, mapped: bool = False) -> torch.Tensor:
+        """The tensor on the CPU, in memory of its own or `mapped` (see `Checkpoint.read`)."""
+        return self._shards[self._homes[name]].read(name, mapped)
 
     def close(self) -> None:
         for shard in self._shards.values():

@@ -21,7 +21,7 @@ from math import prod
 
 import torch
 
-from ..checkpoint import SafetensorsFile
+from ..checkpoint.shards import Container
 from ..errors import LoraError
 
 MAGNITUDES = ("magnitude", "row_magnitude")
@@ -32,7 +32,7 @@ LOW_RANK, LOHA, LOKR, DIFFERENCE, REPLACEMENT = "low-rank", "loha", "lokr", "dif
 class StoredTensor:
     """A tensor of the open file, read when it is needed."""
 
-    file: SafetensorsFile
+    file: Container
     key: str
 
     @property

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from ..checkpoint import SafetensorsFile
+from ..checkpoint.containers import open_container
 from ..checkpoint.layouts import some
 from ..errors import AccVideoWarning, CheckpointError, LoraError
 from .adapters import DIFFERENCE, LOHA, LOKR, LOW_RANK, REPLACEMENT, LoraModule, LoraPart, StoredTensor
@@ -101,7 +101,7 @@ class Lora:
 
     def __init__(self, path: Path, allow_unmatched: bool) -> None:
         self.path = path
-        self._file = SafetensorsFile(path)
+        self._file = open_container(path)
         try:
             self._open(allow_unmatched)
         except LoraError as error:
@@ -259,27 +259,26 @@ class Lora:
         self.close()
 
 
+_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_MODELS = ("flux", "stable-diffusion", "sdxl", "sd3", "hunyuan", "wan", "ltx", "qwen", "cogvideo", "mochi", "chroma")
 
 
 def read_lora(path: str | Path, allow_unmatched: bool = False) -> Lora:
-    """Open a LoRA in any of the known formats: a safetensors file, or a PEFT folder with adapter_model.safetensors.
+    """Open a LoRA in any of the known formats: safetensors, PyTorch's .pt or .bin, or a PEFT folder with its adapter_model.
 
     allow_unmatched  leave keys that belong to no module of the network in `.unmatched` instead of refusing the file
     Raises LoraError for a file that is missing, damaged, of another model, or holds keys that are not understood.
     """
     path = Path(path)
     if path.is_dir():
-        inside = path / "adapter_model.safetensors"
-        if not inside.is_file():
-            raise LoraError(f"{path} is a folder without adapter_model.safetensors; name one LoRA file")
+        inside = next((path / name for name in _PEFT_FILES if (path / name).is_file()), None)
+        if inside is None:
+            raise LoraError(f"{path} is a folder without {_PEFT_FILES[0]}; name one LoRA file")
         path = inside
-    if not path.exists():
-        raise LoraError(f"no file {path}; check the path")
     try:
         return Lora(path, allow_unmatched)
     except CheckpointError as error:
-        raise LoraError(f"cannot read the LoRA: {error}; LoRAs are read as safetensors") from error
+        raise LoraError(f"cannot read the LoRA: {error}") from error
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -314,7 +313,7 @@ def _read_alphas(metadata: Mapping[str, str], path: Path) -> _Alphas | None:
     beside = path.with_name("adapter_config.json")
     if (text := metadata.get("lora_adapter_metadata")) is not None:
         where = "its metadata lora_adapter_metadata"
-    elif path.name == "adapter_model.safetensors" and beside.is_file():
+    elif path.name in _PEFT_FILES and beside.is_file():
         where = str(beside)
         try:
             text = beside.read_text(encoding="utf-8")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from accvideo_core.checkpoint import expected_shapes
@@ -18,15 +16,17 @@ from tests.checkpoint_files import (
     WAN_I2V,
     WAN_T2V,
     WAN_WRITERS,
+    Writer,
     diffusers_folder,
     is_linear,
+    prefixed,
     pytorch,
     random_state,
     scaled_fp8,
 )
-from tests.comfyui.load_worker import run_jobs
 from tests.comfyui.server import no_comfyui, relative_error
 from tests.comfyui.setup_envs import find_checkouts, prepare, python_of
+from tests.comfyui.worker import run_jobs, told_of
 
 # One of each kind of file; that every prefix and name opens to the same tensors is the library's to prove.
 HUNYUAN_CASES = (
@@ -43,12 +43,16 @@ HUNYUAN_CASES = (
     "original ''",
     "native older scale",
     "diffusers shards",
+    "gguf F16",
+    "gguf Q8_0",
+    "gguf orig_shape",
 )
-WAN_CASES = ("original prefixed", "scaled fp8", "diffusers folder")
+WAN_CASES = ("original prefixed", "scaled fp8", "gguf Q8_0", "diffusers folder")
+RESTORED = ("by rows", "gguf Q", "gguf orig_shape")  # what ComfyUI cannot use as it is stored
 CASES = [
     *((f"hunyuan {name}", HUNYUAN, HUNYUAN_WRITERS[name]) for name in HUNYUAN_CASES),
     *((f"t2v {name}", WAN_T2V, WAN_WRITERS[name]) for name in WAN_CASES),
-    *((f"i2v {name}", WAN_I2V, WAN_WRITERS[name]) for name in WAN_CASES[:2]),
+    *((f"i2v {name}", WAN_I2V, WAN_WRITERS[name]) for name in WAN_CASES[:3]),
 ]
 
 
@@ -56,14 +60,15 @@ class Loaded:
     """What the worker found in one file, beside the same values loaded from a plain file."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        self.told = told_of(folder / f"{name}.out")
-        self.output = load_file(folder / f"{name}.out").get("denoised")
-        self.reference = load_file(folder / f"{name}.plain.out").get("denoised")
+        self._stem, self.told = folder / name, told_of(folder / f"{name}.out")
 
+    @property
+    def output(self) -> torch.Tensor:
+        return load_file(f"{self._stem}.out")["denoised"]
 
-def told_of(path: Path) -> dict:
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["told"])
+    @property
+    def reference(self) -> torch.Tensor:
+        return load_file(f"{self._stem}.plain.out")["denoised"]
 
 
 @pytest.fixture(scope="session", params=find_checkouts() or [None], ids=lambda path: path.name if path else "no ComfyUI")
@@ -74,20 +79,38 @@ def comfyui(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
+# A network of 200 MB of float32, by the memory its loading takes: {name: (writer, bytes kept of a weight, the largest peak)}.
+LARGE = DiTConfig(hidden_size=768, num_heads=6, depth_double=2, depth_single=2, text_dim=64)
+MEMORY_CASES: dict[str, tuple[Writer, int, float]] = {
+    "safetensors": (prefixed(""), 4, 1.35),
+    # PyTorch's .pt is mapped: its pages count too, though the system takes them back when it needs memory.
+    "pt": (pytorch("module"), 4, 2.3),
+    "shards": (diffusers_folder("100MB"), 4, 1.35),
+    "scaled": (scaled_fp8(), 1, 1.35),
+}
+
+
 @pytest.fixture(scope="session")
 def loaded(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
-    """Every case in one process: the layout by our loader, and its values, in float32, by ComfyUI's."""
+    """Every case in one process: the layout by our loader, and its values, in float32, by ComfyUI's; and the large network."""
     folder, jobs = tmp_path_factory.mktemp(comfyui.name), []
+    large = {name: torch.full(shape, 0.01) for name, shape in expected_shapes(LARGE).items()}
+    for name, (writer, _, _) in MEMORY_CASES.items():
+        (folder / f"memory {name}").mkdir()
+        path = writer(folder / f"memory {name}", large).path
+        jobs.append({"file": str(path.relative_to(folder)), "output": f"memory {name}.out", "gives": []})
     for name, config, writer in CASES:
         (folder / name).mkdir()
         written = writer(folder / name, random_state(config))
-        exact = "by rows" in name or "by blocks" in name  # restored by us, and then bf16
-        rounded = {k: t.bfloat16().float() if exact and is_linear(k, t) else t.float() for k, t in written.state.items()}
+        restored = any(word in name for word in RESTORED)  # and then rounded to bf16
+        rounded = {k: t.bfloat16().float() if restored and is_linear(k, t) else t.float() for k, t in written.state.items()}
         save_file(rounded, folder / f"{name}.plain.safetensors")
         jobs.append({"file": str(written.path.relative_to(folder)), "output": f"{name}.out"})
         jobs.append({"file": f"{name}.plain.safetensors", "output": f"{name}.plain.out", "loader": "native"})
+    jobs.append({"file": "hunyuan gguf Q8_0/model.gguf", "output": "no gguf.out", "without": "gguf"})
     run_jobs(comfyui, python_of(comfyui), folder, jobs)
-    return {name: Loaded(folder, name) for name, _, _ in CASES}
+    names = [*(name for name, _, _ in CASES), *(f"memory {name}" for name in MEMORY_CASES), "no gguf"]
+    return {name: Loaded(folder, name) for name in names}
 
 
 @pytest.mark.parametrize("name", [name for name, _, _ in CASES])
@@ -119,7 +142,7 @@ def test_it_is_native_with_its_familys_shift(loaded: dict[str, Loaded], name: st
 def test_scaled_fp8_stays_fp8_in_the_model_and_only_that(loaded: dict[str, Loaded], name: str) -> None:
     dtypes = loaded[name].told["dtypes"]
     kind = "float8_e5m2" if "e5m2" in name else "float8_e4m3fn"
-    if "by rows" in name or "by blocks" in name:
+    if "by rows" in name:
         assert "float8_e4m3fn" not in dtypes
         return
     everywhere = "blocks only" not in name and "tencent" not in name and "quantised" not in name
@@ -128,33 +151,14 @@ def test_scaled_fp8_stays_fp8_in_the_model_and_only_that(loaded: dict[str, Loade
     assert dtypes[kind] == len(linears)
 
 
-class TestMemory:
-    """A network of 200 MB of float32: what loading takes beyond the weights is a few tensors, not a second copy."""
+def test_gguf_without_its_package_says_what_to_install(loaded: dict[str, Loaded]) -> None:
+    told = loaded["no gguf"].told
+    assert told["error"].startswith("MissingExtraError: ") and "pip install gguf" in told["error"]
 
-    CONFIG = DiTConfig(hidden_size=768, num_heads=6, depth_double=2, depth_single=2, text_dim=64)
 
-    @pytest.fixture(scope="class")
-    def peaks(self, comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-        """Peak while loading, in units of the weights' size as they are kept."""
-        folder = tmp_path_factory.mktemp("memory")
-        state = {name: torch.full(shape, 0.01) for name, shape in expected_shapes(self.CONFIG).items()}
-        writers = {
-            "safetensors": lambda f, s: save_file(s, f / "m.safetensors") or f / "m.safetensors",
-            "pt": lambda f, s: pytorch("module")(f, s).path,
-            "shards": lambda f, s: diffusers_folder("100MB")(f, s).path,
-            "scaled": lambda f, s: scaled_fp8()(f, s).path,
-        }
-        peaks = {}
-        for name, write in writers.items():
-            (folder / name).mkdir()
-            path = write(folder / name, state)
-            size = sum(t.numel() * (1 if name == "scaled" and is_linear(k, t) else 4) for k, t in state.items())
-            job = {"file": str(path.relative_to(folder)), "output": f"{name}.out", "only_load": True}
-            run_jobs(comfyui, python_of(comfyui), folder, [job])  # a process of its own: memory once used stays with it
-            peaks[name] = told_of(folder / f"{name}.out")["peak"] / size
-        return peaks
-
-    @pytest.mark.parametrize("name", ["safetensors", "pt", "shards", "scaled"])
-    def test_the_peak_is_near_the_weights(self, peaks: dict[str, float], name: str) -> None:
-        # PyTorch's .pt is mapped: its pages count too, though the system takes them back when it needs memory.
-        assert peaks[name] < (2.3 if name == "pt" else 1.35)
+@pytest.mark.parametrize("name", MEMORY_CASES)
+def test_loading_takes_the_weights_and_a_few_tensors_not_a_second_copy(loaded: dict[str, Loaded], name: str) -> None:
+    _, kept, largest = MEMORY_CASES[name]
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in expected_shapes(LARGE).items()}
+    size = sum(t.numel() * (kept if is_linear(k, t) else 4) for k, t in shapes.items())
+    assert 0.7 < loaded[f"memory {name}"].told["peak"] / size < largest

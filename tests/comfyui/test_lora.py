@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accvideo_core.dit import DiTConfig
 from accvideo_core.lora import LoraUse, merge_lora, parse_blocks
-from tests.comfyui.lora_worker import run_jobs
 from tests.comfyui.server import no_comfyui
 from tests.comfyui.setup_envs import find_checkouts, prepare
 from tests.comfyui.test_sampling import small_wan
+from tests.comfyui.worker import run_jobs, told_of
 from tests.lora_files import FORMATS, WAN_FORMATS, LoraFile, from_native, write
-from tests.networks import error, random_inputs, random_weights
+from tests.networks import error, random_weights
 
 CHECKOUTS = find_checkouts()
 CONFIG = DiTConfig(hidden_size=128, num_heads=1, depth_double=1, depth_single=2, text_dim=32)
@@ -66,32 +65,23 @@ def random_wan(folder: Path) -> dict[str, Tensor]:
 
 
 class Runs:
-    """What one ComfyUI made of the same networks: `weights` under original names, `velocity`, `report` by output name."""
+    """What one ComfyUI made of the same networks: `weights` under original names, `denoised`, `report` by output name."""
 
     def __init__(
         self, outputs: dict[str, Path], states: dict[str, dict[str, Tensor]], files: dict[tuple[str, str], LoraFile]
     ) -> None:
         self.outputs, self.states, self.files = outputs, states, files
 
-    def velocity(self, output: str) -> Tensor:
-        return load_file(self.outputs[output])["velocity"]
+    def denoised(self, output: str) -> Tensor:
+        return load_file(self.outputs[output])["denoised"]
 
     def weights(self, output: str, family: str) -> dict[str, Tensor]:
         stored = load_file(self.outputs[output])
-        native = {name.removeprefix("weight."): tensor for name, tensor in stored.items() if name != "velocity"}
+        native = {name.removeprefix("weight."): tensor for name, tensor in stored.items()}
         return from_native(native, self.states[family])
 
     def report(self, output: str) -> str:
-        with safe_open(self.outputs[output], "pt") as file:
-            return file.metadata()["report"]
-
-
-def inputs_of(family: str) -> dict[str, Tensor]:
-    latent, sigma, c = random_inputs(CONFIG, (1, 1, 6, 10))
-    if family == "wan":
-        return {"latent": latent, "sigma": sigma, "text": torch.randn(1, 7, 4096, generator=torch.Generator().manual_seed(5))}
-    assert c.guidance is not None
-    return {"latent": latent, "sigma": sigma, "text": c.text, "pooled": c.pooled, "guidance": c.guidance}
+        return told_of(self.outputs[output])["report"]
 
 
 STACKED = (
@@ -112,39 +102,37 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     outputs: dict[str, Path] = {}
     jobs = []
 
-    def job(output: str, family: str, weights: str, loader: str = "native", *loras: dict) -> None:
+    def job(output: str, file: str, applied_by: str = "native", *loras: dict) -> None:
         outputs[output] = folder / f"output{len(outputs)}"
-        jobs.append(
-            {"output": outputs[output].name, "weights": weights, "inputs": f"inputs {family}", "loader": loader, "loras": loras}
-        )
+        kept = {"dtype": "float32", "loader": "native", "gives": ["denoised", "weights"]}
+        jobs.append({"output": outputs[output].name, "file": file, "applied_by": applied_by, "loras": loras, **kept})
 
     for family, state in states.items():
         save_file(state, folder / f"{family}.safetensors")
-        save_file(inputs_of(family), folder / f"inputs {family}")
-        job(f"base {family}", family, f"{family}.safetensors")
+        job(f"base {family}", f"{family}.safetensors")
     for i, case in enumerate(CASES):
         family, name = case
         files[case] = write(name, states[family], seed=i)
         lora = files[case].save(folder / f"lora{i}.safetensors")
         merge_lora(folder / f"{family}.safetensors", [LoraUse(lora, STRENGTH)], folder / f"merged{i}.safetensors")
-        job(f"native {case}", family, f"{family}.safetensors", "native", {"file": lora.name, "strength": 1.0})
-        job(f"ours {case}", family, f"{family}.safetensors", "ours", {"file": lora.name, "strength": STRENGTH})
-        job(f"merged {case}", family, f"merged{i}.safetensors")
+        job(f"native {case}", f"{family}.safetensors", "native", {"file": lora.name, "strength": 1.0})
+        job(f"ours {case}", f"{family}.safetensors", "ours", {"file": lora.name, "strength": STRENGTH})
+        job(f"merged {case}", f"merged{i}.safetensors")
     stack = [(f"lora{CASES.index(('hunyuan-video', name))}.safetensors", strength, blocks) for name, strength, blocks in STACKED]
     uses = [LoraUse(folder / lora, strength, parse_blocks(blocks)) for lora, strength, blocks in stack]
     merge_lora(folder / "hunyuan-video.safetensors", uses, folder / "merged.safetensors")
     loras = [{"file": lora, "strength": strength, "blocks": blocks} for lora, strength, blocks in stack]
-    job("ours stack", "hunyuan-video", "hunyuan-video.safetensors", "ours", *loras)
-    job("merged stack", "hunyuan-video", "merged.safetensors")
+    job("ours stack", "hunyuan-video.safetensors", "ours", *loras)
+    job("merged stack", "merged.safetensors")
     run_jobs(request.param, prepare(request.param), folder, jobs)
     return Runs(outputs, states, files)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_applied_in_comfyui_is_the_merged_checkpoint(runs: Runs, case: tuple[str, str]) -> None:
-    applied, merged = runs.velocity(f"ours {case}"), runs.velocity(f"merged {case}")
+    applied, merged = runs.denoised(f"ours {case}"), runs.denoised(f"merged {case}")
     assert error(applied, merged) <= LIMIT
-    assert error(applied, runs.velocity(f"base {case[0]}")) > 1000 * LIMIT, "a LoRA that changes nothing proves nothing"
+    assert error(applied, runs.denoised(f"base {case[0]}")) > 1000 * LIMIT, "a LoRA that changes nothing proves nothing"
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -173,7 +161,7 @@ def test_the_native_loader_loses_what_ours_applies(runs: Runs, case: tuple[str, 
 
 def test_a_stack_adds_up_from_the_base_by_strength_and_blocks(runs: Runs) -> None:
     """Also where DoRA makes a difference depend on the weight: each sees the weight without the others, as in a merge."""
-    assert error(runs.velocity("ours stack"), runs.velocity("merged stack")) <= LIMIT
+    assert error(runs.denoised("ours stack"), runs.denoised("merged stack")) <= LIMIT
     base = runs.states["hunyuan-video"]
     applied = runs.weights("ours stack", "hunyuan-video")
     expected = {name: tensor.double() for name, tensor in base.items()}

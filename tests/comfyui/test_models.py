@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from accvideo_core.tiny import load_tiny, weights_path
 from accvideo_core.tiny.clips import keyed_generator, render, sample_scenes
+from tests.checkpoint_files import WAN_I2V, WAN_T2V, random_state
 from tests.comfyui.server import Server, node, relative_error, tiny_prompt
 
 
@@ -120,6 +121,65 @@ def test_a_native_lora_node_patches_the_model(server: Server, weights: Path) -> 
     (plain,) = server.latents(tiny_prompt(), ["4", 0])
     assert relative_error(patched, expected) < 1e-5
     assert relative_error(patched, plain) > 1e-3
+
+
+def wan_prompt(file: str, family: str, positive: list, latent: list) -> dict:
+    """The loader's Wan by AccVideoSampler with nothing but its family (4), and by ComfyUI's own nodes, ten steps of UniPC along
+    the schedule that the loaded model has (native)."""
+    return tiny_prompt(
+        model=["loader", 0], positive=positive, latent=latent, family=family, steps=None, shift=None, guidance=None, cfg=None
+    ) | {
+        "loader": node("AccVideoStudentLoader", file=file, weight_dtype="default"),
+        "text": node("AccVideoTestText", width=4096),
+        "noise": node("RandomNoise", noise_seed=1),
+        "guider": node("BasicGuider", model=["loader", 0], conditioning=positive),
+        "unipc": node("KSamplerSelect", sampler_name="uni_pc_bh2"),
+        "sigmas": node("BasicScheduler", model=["loader", 0], scheduler="simple", steps=10, denoise=1.0),
+        "native": node(
+            "SamplerCustomAdvanced",
+            noise=["noise", 0],
+            guider=["guider", 0],
+            sampler=["unipc", 0],
+            sigmas=["sigmas", 0],
+            latent_image=latent,
+        ),
+    }
+
+
+def test_a_wan_student_is_sampled_natively_with_its_familys_default(server: Server) -> None:
+    folder = server.base / "models" / "diffusion_models"
+    torch.save({"module": random_state(WAN_T2V)}, folder / "wan_t2v.pt")
+    prompt = wan_prompt("wan_t2v.pt", "wan-t2v-14b", ["text", 0], ["3", 0])
+    ours, native = server.latents(prompt, ["4", 0], ["native", 0])
+    assert relative_error(ours, native) < 1e-5
+    prompt["4"]["inputs"]["shift"] = 3.0
+    (other,) = server.latents(prompt, ["4", 0])
+    assert relative_error(other, native) > 1e-3, "the comparison sees the shift"
+
+
+def test_a_wan_image_to_video_student_starts_from_its_image(server: Server) -> None:
+    """Through ComfyUI's own WanImageToVideo: the image's latent and mask beside the noise, its features beside the text."""
+    save_file(random_state(WAN_I2V), server.base / "models" / "diffusion_models" / "wan_i2v.safetensors")
+    prompt = wan_prompt("wan_i2v.safetensors", "wan-i2v-14b-480p", ["i2v", 0], ["i2v", 2])
+    prompt["image"] = node("EmptyImage", width=64, height=64, batch_size=1, color=0xC02040)
+    prompt["features"] = node("AccVideoTestImageFeatures")
+    prompt["i2v"] = node(
+        "WanImageToVideo",
+        positive=["text", 0],
+        negative=["text", 0],
+        vae=["1", 2],
+        width=64,
+        height=64,
+        length=9,
+        batch_size=1,
+        start_image=["image", 0],
+        clip_vision_output=["features", 0],
+    )
+    ours, native = server.latents(prompt, ["4", 0], ["native", 0])
+    assert ours.shape == (1, 16, 3, 8, 8) and relative_error(ours, native) < 1e-5
+    prompt["image"]["inputs"]["color"] = 0x20C040
+    (other,) = server.latents(prompt, ["4", 0])
+    assert relative_error(other, ours) > 1e-3, "the image matters"
 
 
 def pictures(server: Server, prompt: dict, decoder: dict) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from accvideo_core.checkpoint import (
 from accvideo_core.checkpoint.layouts import COMFYUI_NATIVE, HUNYUAN, ORIGINAL
 from accvideo_core.dit import Conditioning, DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoError, CheckpointError, OutputError
-from tests.checkpoint_files import PREFIXES, random_state, to_comfyui
+from tests.checkpoint_files import HUNYUAN as HUNYUAN_CONFIG
+from tests.checkpoint_files import HUNYUAN_WRITERS, PREFIXES, random_state, to_comfyui
 
 SMALL = DiTConfig(hidden_size=128, num_heads=1, depth_double=1, depth_single=2, text_dim=24, pooled_dim=20)
 
@@ -296,6 +298,37 @@ class TestDamaged:
         assert str(tmp_path / "f") not in [f.path for f in psutil.Process().open_files()]
 
 
+class TestMapped:
+    @pytest.mark.parametrize(
+        "name", ["original 'net.'", "pt module", "pt legacy", "diffusers shards", "plain fp8", "tencent fp8", "gguf F16"]
+    )
+    def test_every_tensor_is_what_reading_gives_and_outlives_the_file(self, tmp_path, name):
+        pytest.importorskip({"diffusers": "diffusers", "gguf": "gguf"}.get(name.split()[0], "torch"))
+        written = HUNYUAN_WRITERS[name](tmp_path, random_state(HUNYUAN_CONFIG))
+        with open_checkpoint(written.path) as checkpoint:
+            mapped = checkpoint.state_dict(mapped=True)
+        assert mapped.keys() == written.state.keys()
+        for key, tensor in written.state.items():
+            assert mapped[key].dtype == tensor.dtype and torch.equal(mapped[key].float(), tensor.float()), key
+
+    def test_it_lies_over_the_file_which_writing_to_it_does_not_change(self, file):
+        before, key = file.read_bytes(), "final_layer.linear.weight"
+        with open_checkpoint(file) as checkpoint:
+            one, two = checkpoint.read(key, mapped=True), checkpoint.read(key, mapped=True)
+            assert one.data_ptr() == two.data_ptr() != checkpoint.read(key).data_ptr()
+            one.zero_()
+            assert not two.any() and checkpoint.read(key).any()
+        assert file.read_bytes() == before
+
+    def test_values_that_lie_askew_are_read_instead(self, file, state):
+        raw = bytearray(file.read_bytes())
+        length = int.from_bytes(raw[:8], "little")
+        raw[:8], raw[8 + length : 8 + length] = (length + 1).to_bytes(8, "little"), b" "
+        file.write_bytes(raw)
+        with open_checkpoint(file) as checkpoint:
+            assert_same(checkpoint.state_dict(mapped=True), state)
+
+
 class TestWriting:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
     def test_the_format_s_own_reader_reads_what_we_write(self, tmp_path, dtype):
@@ -356,8 +389,11 @@ class TestLoadStudent:
         plain.load_state_dict(state)
         assert torch.equal(self.run(network), self.run(plain))
 
-    def test_the_file_may_be_replaced_while_the_network_lives(self, file, state):
-        network = load_student(file)
+    @pytest.mark.parametrize(
+        "mapped", [False, pytest.param(True, marks=pytest.mark.skipif(os.name == "nt", reason="refused there"))]
+    )
+    def test_the_file_may_be_replaced_while_the_network_lives(self, file, state, mapped):
+        network = load_student(file, mapped=mapped)
         before = self.run(network)
         save_original(file, random_state(SMALL, seed=5))
         assert torch.equal(self.run(network), before)

@@ -44,11 +44,11 @@ KINDS = {HUNYUAN: "hunyuan", WAN_T2V: "wan t2v", WAN_I2V: "wan i2v"}
 IDS = [f"{KINDS[config]}: {name}" for name, config, _ in CASES]
 
 
-@pytest.fixture(params=CASES, ids=IDS)
-def written(request, tmp_path: Path) -> Written:
+@pytest.fixture(scope="module", params=CASES, ids=IDS)
+def written(request, tmp_path_factory: pytest.TempPathFactory) -> Written:
     name, config, writer = request.param
     pytest.importorskip(needs.get(name.split()[0], "torch"))
-    return writer(tmp_path, random_state(config))
+    return writer(tmp_path_factory.mktemp("written"), random_state(config))
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from accvideo_core.checkpoint.recognition import is_lora
 from accvideo_core.checkpoint.wan import WanConfig, wan_shapes
 from accvideo_core.dit import DiTConfig
 from accvideo_core.errors import AccVideoWarning, LoraError
 from accvideo_core.lora import describe, read_lora
+from accvideo_core.lora.formats import split_key
 from accvideo_core.lora.names import DIALECTS, find
 from tests.lora_files import WAN_FORMATS, write
 from tests.networks import random_weights
@@ -220,6 +222,51 @@ def test_lokr_with_both_matrices_whole_has_no_scale(tmp_path: Path) -> None:
     with read_lora(save(tmp_path, tensors)) as lora:
         module = lora.modules[f"{QKV}.weight"]
         assert torch.allclose(module.delta((3 * H, H)), torch.kron(tensors[f"{QKV}.lokr_w1"], tensors[f"{QKV}.lokr_w2"]))
+
+
+@pytest.mark.parametrize("kind", ["zip", "pickle", "wrapped", "PEFT folder"])
+def test_a_lora_in_pytorchs_own_files_is_the_one_in_safetensors(tmp_path: Path, kind: str) -> None:
+    file = write("PEFT" if kind == "PEFT folder" else "kohya DoRA", random_weights(SMALL))
+    path = tmp_path / ("adapter_model.bin" if kind == "PEFT folder" else "lora.pt")
+    content = {"state_dict": file.tensors} if kind == "wrapped" else file.tensors
+    torch.save(content, path, _use_new_zipfile_serialization=kind != "pickle")
+    scale = 1.0
+    if kind == "PEFT folder":
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 10}))
+        path, scale = tmp_path, 2.5
+    state = random_weights(SMALL)
+    with read_lora(path) as lora, read_lora(file.save(tmp_path / "other.safetensors")) as other:
+        assert lora.modules.keys() == other.modules.keys() and lora.format == other.format
+        for name, module in lora.modules.items():
+            shape, weight = state[name].shape, state[name]
+            assert torch.allclose(module.delta(shape, weight), scale * other.modules[name].delta(shape, weight), atol=1e-6)
+
+
+def test_every_suffix_but_a_lone_alpha_shows_that_a_file_is_a_lora() -> None:
+    """`inspect` and the checkpoint reader go by it: an extraction may hold differences alone."""
+    leaves = [
+        "lora_down.weight",
+        "lora_A.default.weight",
+        "lora_B",
+        "lora.up.weight",
+        "lora_linear_layer.down.weight",
+        "dora_scale",
+    ]
+    leaves += [
+        "lora_magnitude_vector",
+        "hada_w1_a",
+        "hada_t2",
+        "lokr_w2",
+        "lokr_t2",
+        "diff",
+        "diff_b",
+        "diff_m",
+        "w_norm",
+        "b_norm",
+    ]
+    for key in [*(f"{QKV}.{leaf}" for leaf in [*leaves, "set_weight", "lora_mid.weight"]), f"{QKV}_lora.up.weight"]:
+        assert split_key(key) is not None and is_lora([key]), key
+    assert not is_lora(random_weights(SMALL)) and not is_lora(wan_shapes(WanConfig.i2v_14b()))
 
 
 # ---- what must not pass --------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
-"""Nodes for the tests only: a MODEL that counts and delays its network calls, a latent's preview, text of any width."""
+"""Nodes for the tests only: a MODEL that counts and delays its network calls, a latent's preview, random text, image features."""
 
 import time
 
+import comfy.clip_vision
 import latent_preview
 import numpy as np
 import torch
@@ -62,4 +63,22 @@ class AccVideoTestText:
         return ([[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)), {}]],)
 
 
-NODE_CLASS_MAPPINGS = {node.__name__: node for node in (AccVideoTestWatch, AccVideoTestPreview, AccVideoTestText)}
+class AccVideoTestImageFeatures:
+    """CLIP_VISION_OUTPUT of random features, as the CLIP vision model of Wan's image-to-video gives them."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "make"
+    CATEGORY = "AccVideo test"
+
+    def make(self):
+        features = comfy.clip_vision.Output()
+        features["penultimate_hidden_states"] = torch.randn(1, 257, 1280, generator=torch.Generator().manual_seed(0))
+        return (features,)
+
+
+_NODES = (AccVideoTestWatch, AccVideoTestPreview, AccVideoTestText, AccVideoTestImageFeatures)
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
