@@ -1,11 +1,14 @@
 """Trainings of the tiny models small enough for a test, in this process or, run as a script, under torchrun."""
 
+import contextlib
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from accvideo_core.tiny import tasks, training
+from accvideo_core.tiny.tasks import flow, student
 
 
 def train(part, folder, steps, stop_at=None, **kw):
@@ -15,7 +18,7 @@ def train(part, folder, steps, stop_at=None, **kw):
     task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories)
     if part in ("vae", "decoder"):
         task.statistics = 32
-    if part == "teacher":
+    if part in ("base", "teacher"):
         task.pool.size, task.pool.reuse = 4, 1  # a new pool every other step
     if part == "student":
         task.chunk = 2
@@ -31,14 +34,20 @@ def train(part, folder, steps, stop_at=None, **kw):
     return training.fit(task, args, args.weights, device)
 
 
+@contextlib.contextmanager
+def few_teacher_steps():
+    """The teacher samples in 5 steps instead of 50."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (flow, student):
+            patch.setattr(module, "TEACHER_STEPS", 5)
+        yield
+
+
 def train_all(folder):
-    """Each part in turn, two steps, from a five-step teacher."""
-    real, tasks.TEACHER_STEPS = tasks.TEACHER_STEPS, 5
-    try:
+    """Each part in turn, two steps."""
+    with few_teacher_steps():
         for part in training.PARTS:
             train(part, folder, 2, trajectories=4)
-    finally:
-        tasks.TEACHER_STEPS = real
 
 
 if __name__ == "__main__":

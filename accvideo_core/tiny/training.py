@@ -26,7 +26,7 @@ from ..files import atomic_path, check_writable
 from .muon import Muon
 from .share import Share
 
-Part = Literal["vae", "teacher", "decoder", "student"]
+Part = Literal["vae", "base", "teacher", "decoder", "student"]
 PARTS: tuple[Part, ...] = get_args(Part)  # in the order they are made
 
 
@@ -37,7 +37,8 @@ class TrainArgs:
     To split every batch among processes: torchrun --standalone --nproc-per-node 2 -m -- accvideo_core tiny train ..."""
 
     part: tyro.conf.Positional[Part]
-    """What to train; the teacher needs a VAE, the student a teacher; decoder is the VAE's, trained on through the teacher."""
+    """What to train, each from those before it: the VAE; base, by flow matching; the teacher, which is the base with its
+    guidance distilled in; decoder, the VAE's trained on through the teacher; the student."""
     steps: int | None = None
     """Optimizer steps in all; default: the part's own. The model card names what made the bundled weights."""
     batch: int | None = None

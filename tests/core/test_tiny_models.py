@@ -20,11 +20,15 @@ from accvideo_core.devices import pick_device
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
 from accvideo_core.sampling import make_noise
 from accvideo_core.studies import compare, evaluation
-from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, tasks, training, weights_path
+from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
+from accvideo_core.tiny.tasks import flow
+from accvideo_core.tiny.tasks.common import to_network
+from accvideo_core.tiny.tasks.student import StudentTask
+from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
-from tests.tiny_training import train, train_all
+from tests.tiny_training import few_teacher_steps, train, train_all
 
 EXAM = Path(os.environ.get("ACCVIDEO_EXAM") or Path(__file__).parents[3] / "shared" / "exam")
 ROOT = Path(__file__).parents[2]
@@ -113,7 +117,7 @@ def test_padding_a_prompt_changes_nothing():
 def test_probe_targets_lie_where_the_tokens_are():
     """The coverage of a token's cells, against the frames cut up by hand."""
     scenes = clips.sample_scenes(2, clips.keyed_generator("probe"))
-    cells = tasks.cell_coverage(scenes)
+    cells = flow.cell_coverage(scenes)
     cover = clips.coverage(scenes)
     assert cells.shape == (2, 5 * 4 * 4, 16)
     for t, h, w, f, p, q in ((0, 1, 2, 0, 0, 1), (1, 0, 3, 0, 1, 0), (3, 2, 1, 2, 0, 0), (4, 3, 3, 3, 1, 1)):
@@ -126,10 +130,10 @@ def test_probe_targets_lie_where_the_tokens_are():
 def test_probe_learns_the_scene_from_features_that_hold_it():
     """From features that are the coverage itself, place and motion can be read: its loss falls well below chance."""
     torch.manual_seed(0)
-    probe = tasks.SceneProbe(32)
+    probe = flow.SceneProbe(32)
     optimizer = torch.optim.Adam(probe.parameters(), lr=1e-2)
     scenes = clips.sample_scenes(64, clips.keyed_generator("probe"))
-    cells = tasks.cell_coverage(scenes)
+    cells = flow.cell_coverage(scenes)
     features = torch.cat([cells, torch.randn(64, 80, 16, generator=clips.keyed_generator("rest"))], -1)
     losses = []
     for _ in range(60):
@@ -169,9 +173,53 @@ def test_muon_steps_by_orthogonal_nesterov_momentum_scaled_like_adamw():
         torch.testing.assert_close(parameter.detach(), expected)
 
 
-def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def as_base(tmp_path_factory):
+    """The bundled models, with the student in the base's place and the teacher's."""
+    folder = tmp_path_factory.mktemp("as_base")
+    for part in ("text_encoder", "vae"):
+        shutil.copy(weights_path(part), folder)
+    for part in ("base", "teacher"):
+        shutil.copy(weights_path("student"), folder / f"{part}.safetensors")
+    return folder
+
+
+def test_the_teacher_learns_what_guidance_makes_of_two_passes_of_the_base(as_base):
+    task = flow.TeacherTask(0, torch.device("cpu"), as_base)
+    task.pool.size = 4
+    batch = task.draw(0, 4, slice(1, 3))
+    with torch.no_grad():
+        said, unsaid = (
+            task.base(batch.noisy, batch.sigma, task.text.condition(prompts, batch.guidance))
+            for prompts in (batch.prompts, ["", ""])
+        )
+        pushed = ((task.scale - 1) * (said - unsaid)).pow(2).mean()
+        torch.testing.assert_close(task.loss(0, 4, slice(1, 3)), pushed)  # it starts as the base
+        task.scale = 1.0
+        assert task.loss(0, 4, slice(1, 3)) < 1e-9 < pushed
+
+
+def test_the_decoder_learns_from_what_the_teacher_denoised(as_base):
+    task = DecoderTask(0, torch.device("cpu"), as_base)
+    clean, noise = make_noise((2, 16, 5, 8, 8), [0, 1]), make_noise((2, 16, 5, 8, 8), [2, 3])
+    sigma = torch.tensor([0.2, 0.7])
+    seen = []
+    task.teacher = lambda latent, now, cond: seen.append((latent, now)) or noise - clean
+    torch.testing.assert_close(task.denoise(clean, noise, sigma, ["a shape", ""]), clean, atol=1e-5, rtol=0)
+    for i, (latent, now) in enumerate(seen):
+        torch.testing.assert_close(now, sigma * (1 - i / task.denoise_steps))
+        torch.testing.assert_close(latent, torch.lerp(clean, noise, now.view(-1, 1, 1, 1, 1)), atol=1e-5, rtol=0)
+    assert len(seen) == task.denoise_steps
+
+
+@pytest.fixture
+def few_steps():
+    with few_teacher_steps():
+        yield
+
+
+def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, few_steps):
     """A run stopped after 2 of 3 steps and resumed writes the weights of an unbroken run, bit for bit."""
-    monkeypatch.setattr(tasks, "TEACHER_STEPS", 5)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for part in training.PARTS:
         written = train(part, whole, 3, trajectories=4)
@@ -202,7 +250,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr[-2000:]
     train_all(alone)
-    for name in ("vae", "text_encoder", "teacher", "student"):
+    for name in ("vae", "text_encoder", "base", "teacher", "student"):
         left, right = (load_file(folder / f"{name}.safetensors") for folder in (alone, shared))
         for key in left:
             torch.testing.assert_close(left[key].float(), right[key].float(), rtol=0.02, atol=1e-4)
@@ -249,7 +297,7 @@ def test_bad_training_arguments_are_named(tmp_path):
     with pytest.raises(InvalidValueError, match="steps is 0"):
         train("vae", tmp_path, 0)
     with pytest.raises(InvalidValueError, match="trajectories is 0"):
-        tasks.StudentTask(0, torch.device("cpu"), tmp_path, tmp_path, 0)
+        StudentTask(0, torch.device("cpu"), tmp_path, tmp_path, 0)
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):
         train("teacher", tmp_path / "empty", 1)
     with pytest.raises(InvalidValueError, match="device 'tpu'"):
@@ -274,14 +322,14 @@ def test_bundled_models_load_and_say_what_they_are():
 
 def test_bundled_latents_have_unit_deviation(student):
     scenes = clips.sample_scenes(64, clips.keyed_generator(99))
-    latents = student.vae.encode(tasks.to_network(clips.render(scenes), torch.device("cpu"))) * LATENT_SCALE
+    latents = student.vae.encode(to_network(clips.render(scenes), torch.device("cpu"))) * LATENT_SCALE
     std = latents.std(dim=(0, 2, 3, 4))
     assert float(std.min()) > 0.8 and float(std.max()) < 1.25
 
 
 def test_bundled_vae_keeps_colour_and_background(student):
     scenes = clips.sample_scenes(32, clips.keyed_generator(98))
-    video = tasks.to_network(clips.render(scenes), torch.device("cpu"))
+    video = to_network(clips.render(scenes), torch.device("cpu"))
     rebuilt = student.vae.decode(student.vae.encode(video))
     verdicts = [oracle.read(((c + 1) / 2).permute(1, 2, 3, 0).numpy()) for c in rebuilt]
     for kind in ("colour", "background"):

@@ -1,0 +1,25 @@
+"""What each part of the tiny world learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..training import Part, Task
+from .flow import BaseTask, TeacherTask
+from .student import StudentTask
+from .vae import DecoderTask, VAETask
+
+
+def make_task(part: Part, seed: int, weights: Path, run: Path, device: torch.device, trajectories: int) -> Task:
+    """The task of that name, reading what earlier parts wrote to `weights`."""
+    if part == "vae":
+        return VAETask(seed, device)
+    if part == "base":
+        return BaseTask(seed, device, weights)
+    if part == "decoder":
+        return DecoderTask(seed, device, weights)
+    if part == "teacher":
+        return TeacherTask(seed, device, weights)
+    return StudentTask(seed, device, weights, run, trajectories)

@@ -1,0 +1,206 @@
+"""The base by flow matching, and the teacher: the base with its guidance distilled in."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy
+from tqdm import tqdm
+
+from ...dit import DiTConfig, HunyuanVideoDiT
+from ...schedule import shift_sigmas
+from ..clips import CLASSES, Scenes, coverage, keyed_generator, paint, sample_scenes
+from ..pipeline import TinyPipeline
+from ..prompts import open_some, write_prompt
+from ..share import Share
+from ..text import TinyTextEncoder
+from ..training import Defaults, Part
+from ..vae import LATENT_SCALE, TinyVAE
+from .common import (
+    TEACHER_STEPS,
+    block_matrices,
+    draw_guidance,
+    sample_sheet,
+    save_weights,
+    to_network,
+)
+
+
+class LatentPool:
+    """Model-space latents of clips and their scenes, drawn anew every `reuse` passes, keyed by (seed, round)."""
+
+    def __init__(self, vae: TinyVAE, seed: int, device: torch.device, size: int = 8192, reuse: int = 8) -> None:
+        self.vae, self.seed, self.device, self.size, self.reuse = vae, seed, device, size, reuse
+        self.round = -1
+        self.scenes: Scenes
+        self.latents: Tensor
+
+    @torch.no_grad()
+    def fill(self, number: int) -> None:
+        self.scenes = sample_scenes(self.size, keyed_generator(self.seed, "pool", number))
+        chunks = []
+        for start in tqdm(range(0, self.size, 64), desc=f"clips, round {number}", leave=False, mininterval=5):
+            scenes = self.scenes.rows(slice(start, start + 64))
+            with torch.autocast(self.device.type, enabled=False):
+                latents = self.vae.encode(to_network(paint(scenes, coverage(scenes)), self.device)) * LATENT_SCALE
+            chunks.append(latents.half())
+        self.latents, self.round = torch.cat(chunks), number
+
+    def draw(self, step: int, count: int, generator: torch.Generator) -> tuple[Tensor, Scenes]:
+        """(count, 16, 5, 8, 8) float32 latents and their scenes."""
+        number = step * count // (self.size * self.reuse)
+        if number != self.round:
+            self.fill(number)
+        index = torch.randint(self.size, (count,), generator=generator)
+        return self.latents[index.to(self.device)].float(), self.scenes.rows(index)
+
+
+class SceneProbe(nn.Module):
+    """Reads the scene off a block's features, for training only: a representation-alignment loss (REPA, arXiv 2410.06940)
+    whose target is not another network's features but what the clip is known to show."""
+
+    geometry = (("radius", 8.25, 1.0), ("speed", 1.8, 0.23), ("centre", 32.0, 10.0))  # mean and deviation
+    covered = 0.03  # variance of a cell's coverage
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.whole = nn.Linear(width, sum(map(len, CLASSES.values())) + 4)
+        self.cells = nn.Linear(width, 4 * 2 * 2)  # frames, rows and columns of cells of a token
+
+    def forward(self, features: Tensor, scenes: Scenes) -> Tensor:
+        """Loss of features (B, N, D), tokens in order of (t, h, w), for B scenes."""
+        x = self.norm(features)
+        guess, start, loss = self.whole(x.mean(1)).float(), 0, x.new_zeros((), dtype=torch.float32)
+        for kind, classes in CLASSES.items():
+            logits, start = guess[:, start : start + len(classes)], start + len(classes)
+            loss = loss + cross_entropy(logits, getattr(scenes, kind).to(x.device)) / len(CLASSES)
+        known = [(getattr(scenes, k).view(len(scenes), -1) - mean) / std for k, mean, std in self.geometry]
+        loss = loss + (guess[:, start:] - torch.cat(known, 1).to(x.device)).pow(2).mean()
+        return loss + (self.cells(x).float() - cell_coverage(scenes).to(x.device)).pow(2).mean() / self.covered
+
+
+def cell_coverage(scenes: Scenes) -> Tensor:
+    """(B, N, 16): for every token, in order of (t, h, w), the share the object covers of its 2 x 2 cells in 4 frames."""
+    cover = avg_pool2d(coverage(scenes), 8)
+    cover = torch.cat([cover[:, :1].expand(-1, 3, -1, -1), cover], 1)
+    return rearrange(cover, "b (n f) (h p) (w q) -> b (n h w) (f p q)", f=4, p=2, q=2)
+
+
+class FlowTask:
+    """Flow matching's draws: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0; prompts leave a random part
+    of the attributes open."""
+
+    shift = 5.0  # of the training sigmas; sampling uses 7
+
+    def __init__(self, part: Part, seed: int, device: torch.device, weights: Path) -> None:
+        from .. import load_vae, part_hash
+
+        self.part, self.seed, self.device = part, seed, device
+        self.vae = load_vae(weights).to(device)
+        self.made_from = {"encoder": part_hash("encoder", weights)}
+        self.pool = LatentPool(self.vae, seed, device)
+
+    def prepare(self, share: Share) -> None:
+        pass
+
+    def draw(self, step: int, batch: int, rows: slice) -> Flow:
+        """These rows of the step's batch."""
+        generator = keyed_generator(self.seed, self.part, step)
+        clean, scenes = self.pool.draw(step, batch, generator)
+        said = [open_some(scenes.names(i), generator) for i in range(batch)]
+        prompts = [write_prompt(s, generator) if s else "" for s in said]
+        u = (torch.randperm(batch, generator=generator) + torch.rand(batch, generator=generator)) / batch
+        sigma = shift_sigmas(u, self.shift).to(self.device)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        guidance = draw_guidance(batch, generator)
+        return Flow(clean[rows], noise[rows], sigma[rows], prompts[rows], guidance[rows], scenes.rows(rows))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A batch of flow matching: latents (B, 16, 5, 8, 8), sigmas and guidances (B,), and what the clips show."""
+
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    prompts: list[str]
+    guidance: Tensor
+    scenes: Scenes
+
+    @property
+    def noisy(self) -> Tensor:
+        return torch.lerp(self.clean, self.noise, self.sigma.view(-1, 1, 1, 1, 1))
+
+
+class BaseTask(FlowTask):
+    """Flow matching: text encoder and network learn together."""
+
+    defaults = Defaults(steps=8000, batch=32, lr=1.5e-3, warmup=100, ema=0.999)
+    probed, probe_weight = "single_blocks.1", 0.1
+
+    def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
+        super().__init__("base", seed, device, weights)
+        torch.manual_seed(seed)
+        self.network = HunyuanVideoDiT(DiTConfig.tiny()).init_weights(seed).to(device)
+        self.text = TinyTextEncoder().to(device)
+        self.probe = SceneProbe(self.network.config.hidden_size).to(device)
+        self.model: nn.Module = nn.ModuleDict({"network": self.network, "text": self.text, "probe": self.probe})
+        self.matrices = block_matrices(self.network)
+
+    def loss(self, step: int, batch: int, rows: slice) -> Tensor:
+        flow = self.draw(step, batch, rows)
+        cond = self.text.condition(flow.prompts, flow.guidance)
+        velocity, features = self.network(flow.noisy, flow.sigma, cond, (self.probed,))
+        error = (velocity.float() - (flow.noise - flow.clean)).pow(2).mean()
+        return error + self.probe_weight * self.probe(features[self.probed], flow.scenes)
+
+    def export(self, folder: Path, steps: int) -> list[Path]:
+        from .. import part_hash
+
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", **self.made_from}
+        text = save_weights(folder / "text_encoder.safetensors", self.text, torch.float16, note)
+        note["text_encoder"] = part_hash("text_encoder", folder)
+        return [save_weights(folder / "base.safetensors", self.network, torch.bfloat16, note), text]
+
+    def sheet(self, path: Path) -> None:
+        sample_sheet(path, TinyPipeline(self.network, self.text, self.vae, "teacher"), TEACHER_STEPS)
+
+
+class TeacherTask(FlowTask):
+    """Guidance distillation: in one pass what classifier-free guidance makes of two passes of the base, the velocity pushed
+    on from the one without a prompt. HunyuanVideo was made like this; its embedded guidance of 6 stands for ours of 4."""
+
+    defaults = Defaults(steps=1500, batch=32, lr=1e-3, warmup=50, ema=0.998)
+    scale = 4.0
+
+    def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
+        from .. import load_tiny, part_hash
+
+        super().__init__("teacher", seed, device, weights)
+        self.made_from |= {part: part_hash(part, weights) for part in ("text_encoder", "base")}
+        self.base, self.text, _ = load_tiny("base", device=device, folder=weights)
+        self.network = copy.deepcopy(self.base).requires_grad_(True).train()
+        self.model: nn.Module = self.network
+        self.matrices = block_matrices(self.network)
+
+    def loss(self, step: int, batch: int, rows: slice) -> Tensor:
+        flow = self.draw(step, batch, rows)
+        with torch.no_grad():
+            cond = self.text.condition(flow.prompts, flow.guidance)
+            said = self.base(flow.noisy, flow.sigma, cond).float()
+            unsaid = self.base(flow.noisy, flow.sigma, self.text.condition([""] * len(flow.prompts), flow.guidance)).float()
+        velocity = self.network(flow.noisy, flow.sigma, cond).float()
+        return (velocity - torch.lerp(unsaid, said, self.scale)).pow(2).mean()
+
+    def export(self, folder: Path, steps: int) -> list[Path]:
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "scale": str(self.scale), **self.made_from}
+        return [save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note)]
+
+    def sheet(self, path: Path) -> None:
+        sample_sheet(path, TinyPipeline(self.network, self.text, self.vae, "teacher"), TEACHER_STEPS)
