@@ -199,8 +199,8 @@ class AccVideoSynVidWriter(io.ComfyNode):
                 io.String.Input(
                     "dataset",
                     default="my_dataset",
-                    tooltip="Its name in ComfyUI's output folder, below synvid/, or in a folder that extra_model_paths.yaml lists "
-                    "as synvid; made if it is not there.",
+                    tooltip="Its name in ComfyUI's output folder, below synvid/, or in a folder that extra_model_paths.yaml "
+                    "lists as synvid; made if it is not there.",
                 ),
                 io.Image.Input("frames", optional=True, tooltip="The decoded latent, to keep as an MP4 beside the trajectory."),
                 io.Float.Input(
@@ -312,16 +312,14 @@ class AccVideoSynVidInspect(io.ComfyNode):
             return _to_uint8(bridge.decode_latent(vae, latent, header.family))
 
         sheet = trajectory_sheet(keys, header.key_sigmas, None if vae is None else decode, title=chosen.prompt)
+        prompts = {it.prompt for it in samples.values()}
         lines = [
-            f"{path}: {len(samples)} trajectories of {len({it.prompt for it in samples.values()})} prompts, "
-            f"family {header.family}, {len(header.sigmas) - 1} steps, {header.segments} keys, shift {header.shift}, guidance {header.guidance}, "
+            f"{path}: {len(samples)} trajectories of {len(prompts)} prompts, family {header.family}, "
+            f"{len(header.sigmas) - 1} steps, {header.segments} keys, shift {header.shift}, guidance {header.guidance}, "
             f"cfg {header.cfg:g}, {header.dtype}, teacher {header.fingerprint[:12]}",
             f"sample {chosen.id}: {chosen.prompt!r}, seed {chosen.seed}, latent {'x'.join(map(str, chosen.shape))}, "
             f"{chosen.seconds:.1f} s",
-            *(
-                f"  key {it.key}: sigma {it.sigma:.4f}, rms {it.norm:.4f}{_way(it)}"
-                for it in key_figures(keys, header.key_sigmas)
-            ),
+            *(_figures(it) for it in key_figures(keys, header.key_sigmas)),
             *faults,
         ]
         report = "\n".join(lines)

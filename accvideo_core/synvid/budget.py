@@ -26,15 +26,14 @@ _PRESET = PRESETS["hunyuan-t2v"]
 
 
 class Split(NamedTuple):
-    """Size of the videos in pixels and frames; `count` is how many trajectories the paper captured of it."""
+    """Size of the videos in pixels and frames."""
 
     height: int
     width: int
     frames: int
-    count: int
 
 
-SPLITS: Mapping[str, Split] = MappingProxyType({"high": Split(720, 1280, 129, 8_303), "medium": Split(544, 960, 93, 105_996)})
+SPLITS: Mapping[str, Split] = MappingProxyType({"high": Split(720, 1280, 129), "medium": Split(544, 960, 93)})
 
 
 class Pace(NamedTuple):
@@ -163,7 +162,7 @@ def plan_budget(args: BudgetArgs) -> Budget:
             raise InvalidValueError(f"{name} is {size}; it must be {'4n+1' if rest else 'a multiple of 16'}")
     shape = (16, (frames - 1) // 4 + 1, height // 8, width // 8)
     work = work_per_step(shape, args.tokens)
-    seconds, source = _pace(args, work, (height, width, frames) == split[:3])
+    seconds, source = _pace(args, work, (height, width, frames) == split)
     storage = _storage(args, shape)
     hours = args.count * seconds / 3600
     sizes = CLUSTERS if args.gpus is None else (_at_least_1("gpus", args.gpus),)

@@ -49,15 +49,21 @@ class Server:
         for name in ("models/diffusion_models", "models/loras", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         self.log = base / "console.log"
-        command = [str(python), "main.py", "--cpu", "--port", self.url.rsplit(":", 1)[1], "--base-directory", str(base)]
+        self._python, self._weights = python, weights
+        self.start()
+
+    def start(self) -> None:
+        """Start it, also again after `stop`; `wait_until_ready` follows."""
+        base = self.base
+        command = [str(self._python), "main.py", "--cpu", "--port", self.url.rsplit(":", 1)[1], "--base-directory", str(base)]
         command += ["--database-url", f"sqlite:///{base / 'user' / 'comfyui.db'}", "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--preview-method", "latent2rgb"]
         self.process = subprocess.Popen(
             command,
-            cwd=checkout,
-            stdout=self.log.open("wb"),
+            cwd=self.checkout,
+            stdout=self.log.open("ab"),
             stderr=subprocess.STDOUT,
-            env=os.environ | {"ACCVIDEO_TINY_WEIGHTS": str(weights), "PYTHONDONTWRITEBYTECODE": "1"},
+            env=os.environ | {"ACCVIDEO_TINY_WEIGHTS": str(self._weights), "PYTHONDONTWRITEBYTECODE": "1"},
         )
 
     def wait_until_ready(self, seconds: float = 300) -> None:
@@ -79,6 +85,11 @@ class Server:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def kill(self) -> None:
+        """As a power cut would: nothing is told, nothing is finished."""
+        self.process.kill()
+        self.process.wait()
 
     def console(self) -> str:
         return self.log.read_text(errors="replace")
@@ -113,6 +124,23 @@ class Server:
             prompt[name] = node("SaveLatent", samples=list(source), filename_prefix=f"latents/{name}")
         files = {file.node: file for file in self.run(prompt, **callbacks).files}
         return [load_file(self.path(files[name]))["latent_tensor"].clone() for name in names]
+
+
+def on_tiny_models(prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt for the released models, on the tiny teacher, text encoder and VAE instead, at their size."""
+    slots = {"AccVideoStudentLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
+    loaders = {name: slots[content["class_type"]] for name, content in prompt.items() if content["class_type"] in slots}
+    tiny = {"tiny": node("AccVideoTinyModels", which="teacher")}
+    for name, content in prompt.items():
+        if name not in loaders:
+            inputs = {
+                key: ["tiny", loaders[value[0]]] if isinstance(value, list) and value[0] in loaders else value
+                for key, value in content["inputs"].items()
+            }
+            if content["class_type"] == "EmptyHunyuanLatentVideo":
+                inputs |= {"width": 64, "height": 64, "length": 17}
+            tiny[name] = node(content["class_type"], **inputs)
+    return tiny
 
 
 OUTPUTS = ("SaveVideo", "CreateVideo", "VAEDecode")

@@ -1,7 +1,7 @@
 """The workflows' pictures in ComfyUI's template browser, made from real runs: `make thumbnails`.
 
-Starts the first ComfyUI found (see setup_envs.py), runs every workflows/api/*.json as it is shipped, and writes four frames
-of the video it saved to workflows/<same name>.jpg. It needs the bundled weights; random ones make no picture worth having.
+Starts the first ComfyUI found (see setup_envs.py), runs every workflows/api/*.json (those for the released models on the tiny
+ones), and writes four frames of the video it saved to workflows/<same name>.jpg. It needs the bundled weights; random ones make no picture worth having.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from accvideo_core.errors import AccVideoError
 from accvideo_core.files import atomic_path
 from accvideo_core.media import beside, read_mp4, stack, upscale
 from accvideo_core.tiny import weights_folder, weights_path
-from tests.comfyui.server import PARTS, ROOT, Server, load_prompt
+from tests.comfyui.server import PARTS, ROOT, Server, load_prompt, on_tiny_models
 from tests.comfyui.setup_envs import find_checkouts, prepare
 
 WIDTH = 192  # of one frame, in pixels
@@ -39,8 +39,10 @@ def main() -> int:
         server = Server(checkouts[0], prepare(checkouts[0]), Path(base), weights_folder())
         try:
             server.wait_until_ready()
+            (server.base / "input" / "prompts.txt").write_text("a blue square moving down on a grey background\n")
             for workflow in sorted((ROOT / "workflows" / "api").glob("*.json")):
-                video = next(file for file in server.run(load_prompt(workflow)).files if file.filename.endswith(".mp4"))
+                files = server.run(on_tiny_models(load_prompt(workflow))).files
+                video = next(file for file in files if file.filename.endswith(".mp4"))
                 target = ROOT / "workflows" / f"{workflow.stem}.jpg"
                 with atomic_path(target) as temporary:
                     Image.fromarray(picture(read_mp4(server.path(video)).frames)).save(temporary, format="JPEG", quality=92)

@@ -53,14 +53,14 @@ class AccVideoTestText:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"width": ("INT", {"max": 8192})}}
+        return {"required": {"width": ("INT", {"max": 8192})}, "optional": {"seed": ("INT", {"default": 0})}}
 
     RETURN_TYPES = ("CONDITIONING",)
     FUNCTION = "make"
     CATEGORY = "AccVideo test"
 
-    def make(self, width):
-        return ([[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(0)), {}]],)
+    def make(self, width, seed=0):
+        return ([[torch.randn(1, 7, width, generator=torch.Generator().manual_seed(seed)), {}]],)
 
 
 class AccVideoTestImageFeatures:
