@@ -15,9 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = {
     "<|begin_of_text|>": 128000,
     "<|end_of_text|>": 128001,
@@ -29,25 +27,24 @@ SPECIAL = {
 LLAMA = {"vocab_size": 128320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
 LLAMA |= {"num_key_value_heads": 1, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 CLIP = {"vocab_size": 49408, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-VAE_WIDTHS = (32, 64, 64, 64)
+VAE_WIDTHS = (32, 32, 64, 64)
 
 
-def make_text_encoders(folder: Path, layout: str = "diffusers") -> Path:
-    """`folder` with text_encoder and text_encoder_2; tokenizers beside them ("diffusers") or inside ("tencent")."""
-    beside = layout == "diffusers"
+def make_text_encoders(folder: Path) -> Path:
+    """`folder` with text_encoder, tokenizer, text_encoder_2 and tokenizer_2, as diffusers lays them out."""
     llama = LlamaModel(LlamaConfig(**LLAMA, rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001))
     clip = CLIPTextModel(CLIPTextConfig(**CLIP, hidden_act="quick_gelu", projection_dim=32, eos_token_id=49407))
     for seed, (model, name) in enumerate(((llama, "text_encoder"), (clip, "text_encoder_2"))):
         randomise(model, seed)
         model.save_pretrained(folder / name)
-    llama_tokenizer().save_pretrained(folder / ("tokenizer" if beside else "text_encoder"))
-    save_clip_tokenizer(folder / ("tokenizer_2" if beside else "text_encoder_2"))
+    llama_tokenizer().save_pretrained(folder / "tokenizer")
+    save_clip_tokenizer(folder / "tokenizer_2")
     return folder
 
 
-def make_vae(folder: Path, **config) -> Path:
+def make_vae(folder: Path) -> Path:
     """A VAE of the released one's 4 x 8 x 8 compression and 16 channels, with few channels inside."""
-    vae = AutoencoderKLHunyuanVideo(**{"block_out_channels": VAE_WIDTHS, "layers_per_block": 2, **config})
+    vae = AutoencoderKLHunyuanVideo(block_out_channels=VAE_WIDTHS)
     randomise(vae, 2)
     vae.save_pretrained(folder)
     return folder
@@ -70,8 +67,8 @@ def llama_tokenizer() -> PreTrainedTokenizerFast:
     letters = sorted(ByteLevel.alphabet())
     numbers = [n for n in range(300) if n not in taken][: len(letters)]
     vocabulary = dict(zip(letters, numbers, strict=True)) | SPECIAL
-    vocabulary |= {"ĊĊ": 271, "us": 500, "use": 501, "user": 882}
-    merges = [("Ċ", "Ċ"), ("u", "s"), ("us", "e"), ("use", "r")]
+    vocabulary |= {"ĊĊ": 271, "ĊĊĊĊ": 502, "us": 500, "use": 501, "user": 882}
+    merges = [("Ċ", "Ċ"), ("ĊĊ", "ĊĊ"), ("u", "s"), ("us", "e"), ("use", "r")]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
