@@ -26,7 +26,7 @@ class SynVidError(AccVideoError):
 
 
 class PromptError(AccVideoError, ValueError):
-    """A prompt the tiny world cannot understand."""
+    """A prompt that a text encoder cannot take, or a prompt file that cannot be read."""
 
 
 class OutputError(AccVideoError, OSError):
