@@ -21,12 +21,12 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from ..errors import CheckpointError, InvalidValueError, OutputError
+from ..errors import InvalidValueError, OutputError
 from ..files import check_output
 from ..progress import byte_progress
 from .config import NetworkConfig
 from .layouts import COMFYUI_NATIVE, HUNYUAN_DIFFUSERS, ORIGINAL, Layout
-from .quantised import FLOAT8, MARKER, QUANTISATION_METADATA, all_finite, quantise_fp8, scale_name
+from .quantised import MARKER, QUANTISATION_METADATA, cast, check_finite, quantise_fp8, scale_name
 from .reader import Checkpoint, open_checkpoint
 from .safetensors_file import stream_safetensors
 from .wan import WAN_DIFFUSERS, WAN_ORIGINAL, WanConfig
@@ -162,7 +162,7 @@ def _tensors(
             values, scale = _with_scale(checkpoint, key, target)
             yield scale_name(names[0]), scale
         else:
-            values = _cast(checkpoint.read(key), target.dtype, f"{checkpoint.path}: {key}")
+            values = cast(checkpoint.read(key), target.dtype, f"{checkpoint.path}: {key}")
         if naming.is_swapped(key):
             values = torch.cat(values.chunk(2)[::-1])
         rows = _rows(checkpoint.config, tuple(values.shape), len(names))
@@ -174,27 +174,10 @@ def _tensors(
 
 def _with_scale(checkpoint: Checkpoint, key: str, target: _Target) -> tuple[torch.Tensor, torch.Tensor]:
     """(fp8 values, scale); a weight that has one scale already keeps both."""
-    scaled = checkpoint.scaled_linear(key)
+    scaled, name = checkpoint.scaled_linear(key), f"{checkpoint.path}: {key}"
     if scaled is not None and checkpoint.stored_dtype(key) == target.dtype:
-        return checkpoint.read_stored(key), scaled.scale.reshape(())
-    try:
-        return quantise_fp8(checkpoint.read(key), target.dtype)
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: {key}: {error}") from error
-
-
-def _cast(values: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
-    if not all_finite(values):
-        raise CheckpointError(f"{key} has values that are NaN or infinite; check the file with `accvideo inspect --self-check`")
-    if values.dtype == dtype:
-        return values
-    result = values.to(dtype)
-    if dtype in (torch.float16, *FLOAT8) and values.numel():
-        largest = float((values if values.dtype not in FLOAT8 else values.float()).abs().max())
-        if largest > torch.finfo(dtype).max:
-            name = str(dtype).removeprefix("torch.")
-            raise CheckpointError(f"{key} reaches {largest:g}, which {name} cannot hold; choose bf16 or scaled_fp8")
-    return result
+        return check_finite(checkpoint.read_stored(key), name), scaled.scale.reshape(())
+    return quantise_fp8(checkpoint.read(key), target.dtype, name)
 
 
 def _write_folder(

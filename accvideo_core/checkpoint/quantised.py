@@ -156,21 +156,40 @@ def apply_scale(values: torch.Tensor, scale: torch.Tensor, name: str) -> torch.T
     )
 
 
-def quantise_fp8(values: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_fp8(
+    values: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn, name: str = "a tensor"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(fp8 values, float32 scale of shape ()) with values = fp8 * scale to fp8's rounding, the largest at fp8's largest.
 
     As ComfyUI quantises: scale = max |values| / max of the dtype, computed in float32; a tensor of zeros has scale 1. Raises
-    CheckpointError for values that are not finite.
+    CheckpointError, with the tensor's `name`, for values that are not finite.
     """
-    values = values.float()
+    values = check_finite(values.float(), name)
     largest = values.abs().max() if values.numel() else torch.tensor(0.0)
-    if not torch.isfinite(largest):
-        raise CheckpointError("its values are not all finite; check the file with `accvideo inspect --self-check`")
     limit = torch.finfo(dtype).max
     scale = largest / limit if largest > 0 else torch.ones(())
     if scale == 0:  # the largest value is so small that float32 has no such scale
         scale = torch.tensor(torch.finfo(torch.float32).tiny)
     return (values / scale).clamp_(-limit, limit).to(dtype), scale
+
+
+def cast(values: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The values in `dtype`, rounded to nearest. CheckpointError, with the tensor's `name`, for values that are not finite or
+    that the dtype cannot hold."""
+    check_finite(values, name)
+    if dtype in (torch.float16, *FLOAT8) and values.dtype != dtype and values.numel():
+        largest = float((values.float() if values.dtype in FLOAT8 else values).abs().max())
+        if largest > torch.finfo(dtype).max:
+            short = str(dtype).removeprefix("torch.").replace("float", "fp")
+            raise CheckpointError(f"{name} reaches {largest:g}, which {short} cannot hold; choose bf16 or scaled_fp8")
+    return values.to(dtype)
+
+
+def check_finite(values: torch.Tensor, name: str) -> torch.Tensor:
+    """The values themselves; CheckpointError, with the tensor's `name`, for NaN and infinities."""
+    if not all_finite(values):
+        raise CheckpointError(f"{name} has values that are NaN or infinite; check the file with `accvideo inspect --self-check`")
+    return values
 
 
 def scale_name(weight: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import Checkpoint
-from ..checkpoint.quantised import FLOAT8, MARKER, all_finite, quantise_fp8, scale_name
+from ..checkpoint.quantised import FLOAT8, MARKER, all_finite, cast, check_finite, quantise_fp8, scale_name
 from ..errors import InvalidValueError, LoraError
 from .adapters import LoraModule
 from .arithmetic import add_differences
@@ -87,29 +87,24 @@ class Target:
     ) -> list[tuple[str, torch.Tensor]]:
         """(name, tensor) of everything that one tensor of the base, with `changes` added, becomes; `weight` is used up.
 
-        Raises LoraError for values that are not finite or that the dtype cannot hold."""
+        Raises LoraError or CheckpointError, naming the tensor, for values that are not finite or that the dtype cannot hold.
+        """
         kind, checkpoint = self._kinds[key], self._checkpoint
-        if not changes and not all_finite(weight):
-            raise LoraError(
-                f"{key} has values that are NaN or infinite in the base; check it with `accvideo inspect --self-check`"
-            )
-        if kind.dtype not in FLOAT8 or (not changes and weight.dtype == kind.dtype):
-            values = add_differences(weight, changes, kind.dtype) if changes else weight.to(kind.dtype)
+        name = f"{checkpoint.path}: {key}"
+        scaled = checkpoint.scaled_linear(key) if kind.scaled and not changes else None
+        if scaled is not None and checkpoint.stored_dtype(key) == kind.dtype:
+            return [(key, check_finite(checkpoint.read_stored(key), name)), (scale_name(key), scaled.scale.reshape(()))]
+        if kind.dtype not in FLOAT8 and changes:
+            values = add_differences(weight, changes, kind.dtype)
             if kind.dtype == torch.float16 and not all_finite(values):
                 raise LoraError(f"{key} has values that fp16 cannot hold; choose bf16")
             return [(key, values)]
-        scaled = checkpoint.scaled_linear(key) if kind.scaled and not changes else None
-        if scaled is not None and checkpoint.stored_dtype(key) == kind.dtype:
-            return [(key, checkpoint.read_stored(key)), (scale_name(key), scaled.scale.reshape(()))]
-        sums = add_differences(weight, changes, torch.float32) if changes else weight.float()
+        sums = add_differences(weight, changes, torch.float32) if changes else weight
         if kind.scaled:
-            values, scale = quantise_fp8(sums, kind.dtype)
+            values, scale = quantise_fp8(sums, kind.dtype, name)
             return [(key, values), (scale_name(key), scale)]
-        largest = max(map(abs, torch.aminmax(sums)))
-        if largest > torch.finfo(kind.dtype).max:
-            name = str(kind.dtype).removeprefix("torch.float8_")
-            raise LoraError(f"{key} reaches {float(largest):g}, which fp8_{name} cannot hold; choose scaled_fp8 or bf16")
-        return [(key, round_by_chance(sums, kind.dtype, f"{self._seed}:{key}") if changes else sums.to(kind.dtype))]
+        values = cast(sums, kind.dtype, name)
+        return [(key, round_by_chance(sums, kind.dtype, f"{self._seed}:{key}") if changes else values)]
 
 
 def round_by_chance(values: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:

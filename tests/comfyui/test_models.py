@@ -151,10 +151,11 @@ def test_a_wan_student_is_sampled_natively_with_its_familys_default(server: Serv
     torch.save({"module": random_state(WAN_T2V)}, folder / "wan_t2v.pt")
     prompt = wan_prompt("wan_t2v.pt", "wan-t2v-14b", ["text", 0], ["3", 0])
     ours, native = server.latents(prompt, ["4", 0], ["native", 0])
-    assert relative_error(ours, native) < 1e-5
+    # ComfyUI reads the sigmas from a table of 1000 levels: equal to rounding, which ten steps of a multistep solver carry on.
+    assert relative_error(ours, native) < 1e-4
     prompt["4"]["inputs"]["shift"] = 3.0
     (other,) = server.latents(prompt, ["4", 0])
-    assert relative_error(other, native) > 1e-3, "the comparison sees the shift"
+    assert relative_error(other, native) > 1e-2, "the comparison sees the shift"
 
 
 def test_a_wan_image_to_video_student_starts_from_its_image(server: Server) -> None:
@@ -176,7 +177,7 @@ def test_a_wan_image_to_video_student_starts_from_its_image(server: Server) -> N
         clip_vision_output=["features", 0],
     )
     ours, native = server.latents(prompt, ["4", 0], ["native", 0])
-    assert ours.shape == (1, 16, 3, 8, 8) and relative_error(ours, native) < 1e-5
+    assert ours.shape == (1, 16, 3, 8, 8) and relative_error(ours, native) < 1e-4
     prompt["image"]["inputs"]["color"] = 0x20C040
     (other,) = server.latents(prompt, ["4", 0])
     assert relative_error(other, ours) > 1e-3, "the image matters"

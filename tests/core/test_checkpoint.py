@@ -18,6 +18,7 @@ from accvideo_core.checkpoint import (
     infer_config,
     load_student,
     open_checkpoint,
+    safetensors_file,
     save_original,
     write_safetensors,
 )
@@ -296,6 +297,15 @@ class TestDamaged:
         save_file(state | {"extra": torch.ones(1)}, tmp_path / "f")
         error_of(tmp_path / "f")
         assert str(tmp_path / "f") not in [f.path for f in psutil.Process().open_files()]
+
+
+def test_what_is_large_is_read_into_huge_pages_and_is_the_same(file, state, monkeypatch):
+    monkeypatch.setattr(safetensors_file, "_MALLOC_KEEPS", 1)
+    with open_checkpoint(file) as checkpoint:
+        found = checkpoint.state_dict()
+    assert_same(found, state)
+    key = "final_layer.linear.weight"
+    assert torch.equal(found[key].mul_(2), 2 * state[key]), "it is memory of its own, also when the file is closed"
 
 
 class TestMapped:
