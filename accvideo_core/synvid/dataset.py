@@ -28,9 +28,9 @@ from .reader import Damage, SynVidReader
 
 
 class Draw(NamedTuple):
-    """A segment of a trajectory: the sample's index in the dataset, and key: from key + 1 to key."""
+    """A segment of a trajectory: the sample's place in the dataset's `samples`, and key: from key + 1 to key."""
 
-    index: int
+    sample: int
     key: int
 
 
@@ -86,7 +86,8 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(self, **{name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        changed: dict[str, Any] = {name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 class SynVidDataset(Dataset[Segment]):

@@ -51,6 +51,7 @@ class Sample(SampleInfo):
     bytes         size of that file, sha256 its hash
     sums          `bit_sum` of key 0 .. m-1 (and of the noise, if that is stored), to check one that is read alone
     video_sha256  hash of the video, if there is one
+    attempt       how often it had been captured before, as far as its writer knew: more than 0 where that was lost
     """
 
     shape: tuple[int, ...] = ()
@@ -61,6 +62,7 @@ class Sample(SampleInfo):
     sha256: str = ""
     sums: tuple[str, ...] = ()
     video_sha256: str | None = None
+    attempt: int = 0
 
 
 _FIELDS = {item.name for item in fields(Sample)}
@@ -101,15 +103,16 @@ def from_line(line: bytes) -> Line:
     return sample
 
 
-def parse(content: bytes) -> tuple[list[Line], list[str]]:
-    """(entries, what is wrong with the other lines) of a manifest. A last line without its newline is being written, or was
-    when its writer died: it says nothing."""
+def parse(content: bytes, number: int = 1) -> tuple[list[Line], list[str]]:
+    """(entries, what is wrong with the other lines) of a manifest, `number` being its first line's. A last line without its
+    newline is being written, or was when its writer died: it says nothing."""
     entries, faults = [], []
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+    for line in content.split(b"\n")[:-1]:
         try:
             entries.append(from_line(line))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             faults.append(f"line {number}: {error}")
+        number += 1
     return entries, faults
 
 
@@ -132,13 +135,13 @@ class _Impossible(SynVidError, ValueError):
 
 
 def union(entries: Sequence[Line]) -> dict[str, Sample]:
-    """The samples by id, in order of id, less those withdrawn. Of two with one id, captured twice by writers that did not know
-    of each other, the one in the file of the smaller name."""
+    """The samples by id, in order of id, less those withdrawn. Of two with one id the later attempt counts, and of writers that
+    did not know of each other the one in the file of the smaller name."""
     withdrawn = {entry.withdrawn for entry in entries if isinstance(entry, Withdrawal)}
     samples: dict[str, Sample] = {}
     for entry in entries:
         if isinstance(entry, Sample) and entry.file not in withdrawn:
             first = samples.get(entry.id)
-            if first is None or (entry.file, entry.row) < (first.file, first.row):
+            if first is None or (-entry.attempt, entry.file, entry.row) < (-first.attempt, first.file, first.row):
                 samples[entry.id] = entry
     return dict(sorted(samples.items()))

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -49,6 +49,16 @@ class _Place(NamedTuple):
     dtype: torch.dtype
 
 
+@dataclass
+class _Parsed:
+    """What has been read of a manifest: bytes and lines up to the end of the last whole line."""
+
+    size: int = 0
+    lines: int = 0
+    entries: list[Line] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
 class SynVidReader:
     """A dataset to read. It may grow meanwhile: what is committed later is seen by later calls.
 
@@ -58,13 +68,13 @@ class SynVidReader:
     def __init__(self, address: str | os.PathLike[str]) -> None:
         self.folder = open_folder(address)
         self.header = _read_header(self.folder)
-        self._parsed: dict[str, tuple[int, list[Line], list[str]]] = {}
+        self._parsed: dict[str, _Parsed] = {}
         self._places: OrderedDict[str, dict[str, _Place]] = OrderedDict()
 
     def samples(self) -> dict[str, Sample]:
         """All committed samples by id, in order of id: the union of the manifests as they are now. Lines that are damaged are
         named in a warning."""
-        entries, damages = self._entries()
+        entries, damages = self.entries()
         for damage in damages:
             message = f"{self.folder}: {damage.file}: {damage.what}; the samples it named count as not captured"
             warnings.warn(message, AccVideoWarning, stacklevel=2)
@@ -130,7 +140,7 @@ class SynVidReader:
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
         """Hash everything again: latent files, texts, videos, noise from its seed. What is not as it was committed, an entry
         for each sample it concerns; damaged manifest lines have no id. `progress` is called with (bytes done, of all)."""
-        entries, found = self._entries()
+        entries, found = self.entries()
         samples = union(entries)
         lacking = self.faults(samples.values())
         found += lacking
@@ -188,19 +198,25 @@ class SynVidReader:
         if sample.video is not None and self.file_hash(sample.video) != sample.video_sha256:
             yield Damage(sample.id, sample.video, "it is missing or its content has changed")
 
-    def _entries(self) -> tuple[list[Line], list[Damage]]:
-        """Of all manifests; one that has not grown since is not parsed again."""
+    def entries(self) -> tuple[list[Line], list[Damage]]:
+        """(what all manifests say, their damaged lines). They only grow, so that only what is new is read."""
         entries: list[Line] = []
         damages = []
         for name, size in sorted(self.folder.sizes("manifest").items()):
             if not name.endswith(".jsonl"):
                 continue
-            if self._parsed.get(name, (-1,))[0] != size:
-                content = self.folder.read(name)
-                self._parsed[name] = (len(content), *parse(content))
-            _, found, faults = self._parsed[name]
-            entries += found
-            damages += [Damage("", name, fault) for fault in faults]
+            known = self._parsed.setdefault(name, _Parsed())
+            if size > known.size:
+                content = bytearray(size - known.size)
+                self.folder.read_parts(name, [(known.size, memoryview(content))])
+                whole = bytes(content[: content.rfind(b"\n") + 1])
+                found, faults = parse(whole, known.lines + 1)
+                known.entries += found
+                known.faults += faults
+                known.size += len(whole)
+                known.lines += whole.count(b"\n")
+            entries += known.entries
+            damages += [Damage("", name, fault) for fault in known.faults]
         return entries, damages
 
     def _read_rows(self, sample: Sample, keys: Sequence[int]) -> list[Tensor]:

@@ -75,7 +75,7 @@ def trajectory_sheet(
 
 def plot(figures: Sequence[KeyFigures], width: int = 800, height: int = 220) -> Pixels:
     """Norm of the latent by key beside size of the step and velocity by segment, noise on the left; (height, width, 3)."""
-    halves = width // 2 - GAP
+    halves = (width - GAP) // 2
     segments = figures[1:]
     norm = _panel("norm of the latent (rms)", [f"key {it.key}" for it in figures], [[it.norm for it in figures]], halves, height)
     ways = [[it.step or 0.0 for it in segments], [it.velocity or 0.0 for it in segments]]

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from ..checkpoint import write_safetensors
 from ..errors import OutputError, SynVidError
 from ..files import atomic_path, output_error, sync_folder
 from .header import Header
-from .manifest import NAME, Sample, SampleInfo, Withdrawal, check_info, to_line
+from .manifest import NAME, Sample, SampleInfo, Withdrawal, check_info, to_line, union
 from .reader import HEADER, SynVidReader, text_file
 from .tensors import bit_sum, noise_hash, seeded_noise, stored_key, tensor_hash
 
@@ -105,18 +106,30 @@ class SynVidStore(SynVidReader):
         file = f"latents/{name[:2]}/{name}.safetensors"
         path = self.path / file
         self._write(path, tensors, {"ids": json.dumps(ids)})
-        stored = {"shape": tuple(noise.shape[1:]), "file": file, "bytes": path.stat().st_size, "sha256": self.file_hash(file)}
+        stored: dict[str, Any] = {
+            "shape": tuple(noise.shape[1:]),
+            "file": file,
+            "bytes": path.stat().st_size,
+            "sha256": self.file_hash(file),
+        }
+        before = union(self.entries()[0])
         entries = []
         for row, info in enumerate(samples):
+            attempt = before[info.id].attempt + 1 if info.id in before else 0
             video = None if info.video is None else self.file_hash(info.video)
             sums = tuple(bit_sum(tensor[row]) for tensor in tensors.values())
-            entries.append(Sample(**asdict(info), **stored, row=row, noise=noise_hash(noise[row]), sums=sums, video_sha256=video))
+            noted: dict[str, Any] = {"noise": noise_hash(noise[row]), "sums": sums, "video_sha256": video, "attempt": attempt}
+            entries.append(Sample(**asdict(info), **stored, row=row, **noted))
         try:
             self._append(entries)
         except OutputError:
             if name not in self._manifest_text():  # else it was written after all, and the file must stay
                 path.unlink(missing_ok=True)
             raise
+
+    def adopt(self, samples: Sequence[Sample]) -> None:
+        """Commit samples of another dataset whose files have been copied into this one, under the same names."""
+        self._append(samples)
 
     def withdraw(self, file: str) -> None:
         """Take back all samples of a latent file, found damaged: they count as not captured. The file itself stays."""
@@ -139,16 +152,15 @@ class SynVidStore(SynVidReader):
                 raise SynVidError(f"the video of sample {info.id} is not at {self.video_path(info.id)}; write it there first")
 
     def _write(self, path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-        with _as_output_error(path):
-            _make_folder(path.parent)
+        make_folder(path.parent)
         write_safetensors(path, tensors, metadata)
 
     def _append(self, entries: Iterable[Sample | Withdrawal]) -> None:
         """Add whole lines to this writer's manifest, in one write, and flush them; on failure the manifest is as it was."""
         lines = b"".join(map(to_line, entries))
         path = self._manifest
+        make_folder(path.parent)
         with _as_output_error(path):
-            _make_folder(path.parent)
             new = not path.exists()
             with open(path, "ab", buffering=0) as file:
                 begin = _whole_lines(path)
@@ -198,12 +210,14 @@ def _write_once(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _make_folder(folder: Path) -> None:
-    """Make a folder of the dataset and those above it, and make their names survive a power cut."""
-    missing = [folder, *folder.parents][: next(i for i, parent in enumerate([folder, *folder.parents]) if parent.is_dir())]
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        sync_folder(made.parent)
+def make_folder(folder: Path) -> None:
+    """Make a folder of the dataset and those above it, and make their names survive a power cut. OutputError if it cannot."""
+    with _as_output_error(folder):
+        above = [folder, *folder.parents]
+        missing = above[: next(i for i, parent in enumerate(above) if parent.is_dir())]
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync_folder(made.parent)
 
 
 def _whole_lines(path: Path) -> int:

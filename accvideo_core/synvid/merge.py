@@ -1,0 +1,144 @@
+"""`accvideo merge-synvid`: datasets of one header joined into one, every file hashed on its way."""
+
+from __future__ import annotations
+
+import hashlib
+import json as json_module
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..errors import InvalidValueError, OutputError, SynVidError
+from ..files import atomic_path
+from ..progress import byte_progress
+from .manifest import Sample
+from .reader import Damage, SynVidReader, grouped, text_file
+from .store import SynVidStore, make_folder
+
+
+@dataclass(frozen=True)
+class MergeArgs:
+    """Join SynVid datasets that were made in the same way into one.
+
+    What the output holds already is not copied again, so a merge that was stopped is simply run again, and a dataset that
+    has grown is merged again. Exit code 1 if something was damaged: it is named and left out.
+    """
+
+    datasets: tyro.conf.Positional[tuple[str, ...]]
+    """Folders of datasets, or addresses that fsspec knows. Of samples in more than one the first's are taken."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The dataset to add to; made if missing."""
+    json: bool = False
+    """Print JSON instead of text."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was done: samples copied, samples that were there already, bytes copied, and what was damaged and left out."""
+
+    copied: int
+    already: int
+    bytes: int
+    damages: tuple[Damage, ...]
+
+
+def run(args: MergeArgs) -> int:
+    """Merge and print the report; 1 if anything was damaged."""
+    with byte_progress("merging", leave=True) as progress:
+        report = merge_synvid(args.datasets, args.out, progress)
+    if args.json:
+        print(json_module.dumps({**vars(report), "damages": [vars(damage) for damage in report.damages]}, indent=1))
+    else:
+        print(f"{args.out}: {report.copied} samples copied ({report.bytes / 1e9:.3f} GB), {report.already} were there already")
+        for damage in report.damages:
+            print(f"DAMAGED  {damage.file}: {damage.what} (sample {damage.id}); left out")
+    return 1 if report.damages else 0
+
+
+def merge_synvid(
+    datasets: Iterable[str | os.PathLike[str]], out: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+) -> MergeReport:
+    """Add every whole sample of `datasets` to the dataset `out`, made if missing; `progress` has (bytes done, of all).
+
+    A latent file is copied as it is, under its own name, and its samples are committed once it has been flushed and its hash
+    is right; text and videos likewise. Raises SynVidError, naming the fields, if the headers differ, before anything is
+    copied, and OutputError where the output cannot be written; what was committed until then stays.
+    """
+    readers = [SynVidReader(address) for address in datasets]
+    if not readers:
+        raise InvalidValueError("nothing to merge; name at least one dataset")
+    for reader in readers[1:]:
+        readers[0].header.check(reader.header)
+    store = SynVidStore(out, readers[0].header)
+    if any(str(reader.folder) == str(store.folder) for reader in readers):
+        raise InvalidValueError(f"{out} is one of the datasets to merge; choose another output")
+    seen = set(store.samples())
+    work: list[tuple[SynVidReader, str, list[Sample]]] = []
+    already = 0
+    for reader in readers:
+        samples = reader.samples()
+        fresh = [sample for name, sample in samples.items() if name not in seen]
+        already += len(samples) - len(fresh)
+        seen.update(samples)
+        work += [(reader, file, members) for file, members in grouped(fresh).items()]
+    total = sum(members[0].bytes for _, _, members in work)
+    done = copied = moved = 0
+    damages: list[Damage] = []
+    for reader, file, members in work:
+        whole, found = _copy(reader, store, file, members)
+        store.adopt(whole)
+        damages += found
+        copied += len(whole)
+        moved += members[0].bytes if whole else 0
+        done += members[0].bytes
+        if progress is not None:
+            progress(done, total)
+    return MergeReport(copied, already, moved, tuple(damages))
+
+
+def _copy(reader: SynVidReader, store: SynVidStore, file: str, members: list[Sample]) -> tuple[list[Sample], list[Damage]]:
+    """Copy a latent file and what belongs to its samples: (the samples that are whole, what is damaged of the others)."""
+    if not _copy_file(reader, store, file, members[0].sha256):
+        return [], [Damage(sample.id, file, "it is missing or its content has changed") for sample in members]
+    whole, damages = [], []
+    for sample in members:
+        try:
+            store.put_text(*reader.text(sample.text))
+        except SynVidError as error:
+            damages.append(Damage(sample.id, text_file(sample.text), str(error)))
+            continue
+        if sample.video is not None and not _copy_file(reader, store, sample.video, sample.video_sha256 or ""):
+            damages.append(Damage(sample.id, sample.video, "it is missing or its content has changed"))
+            continue
+        whole.append(sample)
+    return whole, damages
+
+
+def _copy_file(reader: SynVidReader, store: SynVidStore, name: str, expected: str) -> bool:
+    """Copy a file unless it is there already; False, and nothing is left, if it cannot be read or has another hash."""
+    if store.file_hash(name) == expected:
+        return True
+    path, digest = store.path / name, hashlib.sha256()
+    make_folder(path.parent)
+    try:
+        with reader.folder.open(name) as source, atomic_path(path) as temporary:
+            with open(temporary, "xb") as file:
+                for piece in iter(partial(source.read, 1 << 20), b""):
+                    digest.update(piece)
+                    file.write(piece)
+            if digest.hexdigest() != expected:
+                raise _Changed
+    except OutputError:
+        raise
+    except (OSError, _Changed):
+        return False
+    return True
+
+
+class _Changed(Exception):
+    """What was copied is not what was committed."""
