@@ -44,21 +44,21 @@ FACTORS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS = 32  # of every tensor, checked against float64
 # Runs in a process of its own: merges, and tells its time, its peak memory and, if asked, its memory along the way.
 WORKER = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(int(sys.argv[2]))
 from accvideo_core.lora import merge_lora
 samples = []
-def now():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]) * 1024
+def memory(kind):  # not getrusage's peak, which a process inherits from the one that started it
+    return int(next(line for line in open("/proc/self/status") if line.startswith(kind)).split()[1]) * 1024
 def progress(done, total):
     if len(samples) < 20 * done / total:
-        samples.append(now())
+        samples.append(memory("VmRSS"))
 began = time.perf_counter()
 merge_lora(sys.argv[3], [sys.argv[4]], sys.argv[5], progress=progress)
 seconds = time.perf_counter() - began
-print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "along": samples}))
+print(json.dumps({"seconds": seconds, "peak": memory("VmHWM"), "along": samples}))
 """
 
 
