@@ -234,6 +234,14 @@ class AccVideoSynVidWriter(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, prompt: str | None = None, dataset: str | None = None) -> bool | str:
+        """Before hours of sampling, what can be known by then."""
+        try:
+            return _check_prompt(prompt) and (dataset is None or bool(bridge.synvid_path(dataset)))
+        except InvalidValueError as error:
+            return str(error)
+
+    @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
         return float("nan")  # never the same: only the dataset itself knows whether there is something to write
 
@@ -248,8 +256,7 @@ class AccVideoSynVidWriter(io.ComfyNode):
         dtype: str = "float16",
         store_noise: bool = False,
     ) -> io.NodeOutput:
-        if not prompt.strip():
-            raise InvalidValueError("the prompt is empty; link the text that was encoded, or the dataset could not be trained on")
+        _check_prompt(prompt)
         path = bridge.synvid_path(dataset)
         header = replace(trajectory.header, dtype=dtype, store_noise=store_noise)
         store = SynVidStore(path, header, WRITER)
@@ -324,6 +331,13 @@ class AccVideoSynVidInspect(io.ComfyNode):
         ]
         report = "\n".join(lines)
         return io.NodeOutput(torch.from_numpy(sheet.copy()).float()[None] / 255, report, ui={"text": [report]})
+
+
+def _check_prompt(prompt: str | None) -> bool:
+    """True also where it is linked and not known yet."""
+    if prompt is not None and not prompt.strip():
+        raise InvalidValueError("the prompt is empty; link the text that was encoded, or the dataset could not be trained on")
+    return True
 
 
 def _figures(it: KeyFigures) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from accvideo_core.checkpoint.fingerprint import fingerprint
 from accvideo_core.comfy_client import ComfyError, Result
@@ -22,20 +23,18 @@ from tests.comfyui.test_sampling import small_wan
 
 PROMPT = "a red circle moving right on a black background"
 SHAPE = (16, 5, 8, 8)
-STEPS = 10
+STEPS = 5
 
 
-def capturing(dataset: str, sampler: dict[str, Any] | None = None, **writer: Any) -> dict[str, Any]:
-    """A prompt that captures PROMPT with the tiny teacher; inputs of sampler and writer replaced or added."""
+def capturing(name: str, sampler: dict[str, Any] | None = None, **writer: Any) -> dict[str, Any]:
+    """A prompt that captures PROMPT with the tiny teacher into a dataset; inputs of sampler and writer replaced or added."""
     settings = dict(model=["models", 0], positive=["text", 0], latent=["size", 0], seed=3, family="tiny", steps=STEPS)
     return {
         "models": node("AccVideoTinyModels", which="teacher"),
         "text": node("CLIPTextEncode", clip=["models", 1], text=PROMPT),
         "size": node("EmptyHunyuanLatentVideo", width=64, height=64, length=17, batch_size=1),
         "sampler": node("AccVideoTrajectorySampler", **settings | (sampler or {})),
-        "writer": node(
-            "AccVideoSynVidWriter", **dict(trajectory=["sampler", 1], prompt=PROMPT, dataset=dataset, dtype="float16") | writer
-        ),
+        "writer": node("AccVideoSynVidWriter", **dict(trajectory=["sampler", 1], prompt=PROMPT, dataset=name) | writer),
     }
 
 
@@ -89,7 +88,7 @@ def test_comfyui_and_the_library_capture_the_same_into_datasets_of_one_header(se
     inspect = node("AccVideoSynVidInspect", dataset="parity", sample=sample_id(PROMPT, 4, SHAPE))
     shown = server.run({"inspect": inspect, "save": node("SaveImage", images=["inspect", 0], filename_prefix="sheet")})
     assert f"sample {sample_id(PROMPT, 4, SHAPE)}: {PROMPT!r}, seed 4, latent 16x5x8x8" in shown.texts["inspect"][0]
-    assert "2 trajectories of 1 prompts, family tiny, 10 steps, 5 keys" in shown.texts["inspect"][0]
+    assert "2 trajectories of 1 prompts, family tiny, 5 steps, 5 keys" in shown.texts["inspect"][0]
     server.run(capturing("parity", {"seed": 5}))
     assert {sample.seed for sample in theirs.samples().values()} == {3, 4, 5} and theirs.verify() == []
 
@@ -144,13 +143,14 @@ def test_a_wan_teacher_with_guidance_and_a_negative(server: Server) -> None:
 
 def test_a_teacher_is_known_by_its_weights_and_patches(server: Server) -> None:
     """The student, and the teacher with a LoRA or another strength of it, may not add to the teacher's dataset."""
-    extract = dict(tuned="AccVideo tiny student", base="AccVideo tiny teacher", rank=2, energy=0.0, key_format="comfyui")
-    lora = {"extract": node("AccVideoLoraExtract", **extract, dtype="fp16", name="synvid", overwrite=True)}
+    layer = "transformer.double_blocks.0.img_mlp.fc1"
+    factors = {f"{layer}.lora_A.weight": torch.ones(1, 128), f"{layer}.lora_B.weight": torch.ones(512, 1)}
+    save_file(factors, server.base / "models" / "loras" / "synvid.safetensors")
     server.run(capturing("teacher"))
     prints = set()
     for strength in (1.0, 0.5):
-        prompt = capturing(f"lora_{strength}", {"model": ["apply", 0]}) | lora
-        prompt["stack"] = node("AccVideoLoraStack", lora=["extract", 2], strength=strength, blocks="all")
+        prompt = capturing(f"lora_{strength}", {"model": ["apply", 0]})
+        prompt["stack"] = node("AccVideoLoraStack", lora="synvid.safetensors", strength=strength, blocks="all")
         prompt["apply"] = node("AccVideoLoraApply", model=["models", 0], stack=["stack", 0])
         server.run(prompt)
         prints.add(SynVidReader(folder(server, f"lora_{strength}")).header.fingerprint)
@@ -165,7 +165,7 @@ def test_a_teacher_is_known_by_its_weights_and_patches(server: Server) -> None:
 @pytest.mark.parametrize(
     ("sampler", "writer", "sentence"),
     [
-        ({"keys": 3}, {}, "3 key segments do not divide 10 steps"),
+        ({"keys": 3}, {}, "3 key segments do not divide 5 steps"),
         ({"cfg": 5.0}, {}, "cfg is 5 but no negative is connected"),
         ({"family": "wan-t2v-14b", "cfg": 1.0}, {}, "family wan-t2v-14b is chosen for a HunyuanVideo model"),
         ({"family": "nobody"}, {}, "unknown model family 'nobody'"),
@@ -179,7 +179,7 @@ def test_a_teacher_is_known_by_its_weights_and_patches(server: Server) -> None:
     ],
 )
 def test_what_cannot_be_captured(server: Server, sampler: dict, writer: dict, sentence: str) -> None:
-    prompt = capturing("refused", {"steps": 10} | sampler, **writer) | {
+    prompt = capturing("refused", sampler, **writer) | {
         "two": node("ConditioningCombine", conditioning_1=["text", 0], conditioning_2=["text", 0]),
         "timed": node("ConditioningSetTimestepRange", conditioning=["text", 0], start=0.1, end=0.9),
         "mask": node("SolidMask", value=1.0, width=64, height=64),
