@@ -38,6 +38,10 @@ def make_text_encoders(folder: Path) -> Path:
         randomise(model, seed)
         model.save_pretrained(folder / name)
     llama_tokenizer().save_pretrained(folder / "tokenizer")
+    file = folder / "tokenizer" / "tokenizer.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    written["model"]["merges"] = [" ".join(pair) for pair in written["model"]["merges"]]  # as the released file has them
+    file.write_text(json.dumps(written), encoding="utf-8")
     save_clip_tokenizer(folder / "tokenizer_2")
     return folder
 

@@ -1,7 +1,8 @@
 """Runs inside a ComfyUI checkout, under its own Python: native HunyuanVideo text encoders and VAE on small weights from files.
 
 `python encoder_worker.py CHECKOUT FOLDER` reads FOLDER/case.json (the models' folder, the prompts, the encoders' sizes), and
-FOLDER/latent (model space); writes FOLDER/native: text.<i>, pooled.<i>, frames. Uses nothing of AccVideo.
+FOLDER/latents (model space); writes FOLDER/native: text.<i>, pooled.<i>, and frames under each latent's name. Uses nothing of
+AccVideo.
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ def main() -> None:
         """ComfyUI's Llama 3 tokenizer with its own settings, but the small vocabulary."""
         fixed = {"pad_with_end": False, "has_end_token": False, "pad_to_max_length": False, "max_length": 99999999}
         fixed |= {"has_start_token": True, "pad_token": 128258, "min_length": 1, "embedding_key": "llama"}
-        return comfy.sd1_clip.SDTokenizer(str(models / "tokenizer"), tokenizer_class=native.LlamaTokenizerFast, **fixed)
+        return comfy.sd1_clip.SDTokenizer(str(models / "tokenizer"), tokenizer_class=splits, **fixed)
 
+    # 0.3.64 takes this class from transformers, whose version 5 splits words in a way of its own instead of as the file says.
+    splits = native.LlamaTokenizerFast
+    if not splits.__module__.startswith("comfy"):
+        from transformers import PreTrainedTokenizerFast as splits
     native.LLAMA3Tokenizer = tokenizer
     sizes = {f"{name}_model_config": case[name] for name in ("llama", "clip_l")}
     clip = native.HunyuanVideoClipModel(dtype_llama=torch.float32, dtype=torch.float32, model_options=sizes)
@@ -57,9 +62,9 @@ def main() -> None:
     vae = AutoencoderKL(ddconfig={**sizes, "conv3d": True, "time_compress": 4}, embed_dim=16)
     state = load_file(models / "vae" / "diffusion_pytorch_model.safetensors")
     vae.load_state_dict(comfy.diffusers_convert.convert_vae_state_dict(state))
-    latent = comfy.latent_formats.HunyuanVideo().process_out(load_file(folder / "latent")["latent"])
     with torch.no_grad():
-        out["frames"] = vae.eval().decode(latent)
+        for name, latent in load_file(folder / "latents").items():
+            out[name] = vae.eval().decode(comfy.latent_formats.HunyuanVideo().process_out(latent))
     save_file({name: tensor.float().contiguous() for name, tensor in out.items()}, folder / "native")
 
 

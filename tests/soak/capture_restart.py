@@ -61,7 +61,7 @@ def run_and_kill(plan: Path, dataset: Path, options: list[str], kill_at: int) ->
 
 
 def soak(folder: Path, count: int, kill_at: int, options: list[str]) -> dict[str, object]:
-    """Two processes, killed once `kill_at` samples are there; this one finishes. AssertionError unless all is there once, whole."""
+    """Two processes, killed once `kill_at` samples are there; this one goes on. AssertionError unless all is there once."""
     options = [*options, "--device", "cpu"]
     plan, dataset = make_plan(folder / "plan", count), folder / "dataset"
     start = time.perf_counter()
