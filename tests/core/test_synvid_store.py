@@ -432,8 +432,8 @@ def test_killed_writers(in_memory: Path) -> None:
     """The long form: python -m tests.soak.synvid_kill"""
     from tests.soak.synvid_kill import soak
 
-    counts = soak(in_memory / "synvid", captures=24, writers=4, kills=16)
-    assert counts["samples"] == 24 and counts["kills"] >= 4
+    counts = soak(in_memory / "synvid", captures=80, writers=4, kills=16, life=0.015)
+    assert counts["samples"] == 80 and counts["kills"] >= 4
 
 
 @needs_fork

@@ -3,7 +3,7 @@
     python -m tests.soak.synvid_kill --captures 200 --writers 4 --kills 300
 
 Writers are forked processes that capture what the plan still lacks, each its share, and are killed with SIGKILL after a random
-time of 0 to 40 ms at work, again and again; now and then one meets a full disk (a limit on the size of files, so that writes
+time (--life), again and again; now and then one meets a full disk (a limit on the size of files, so that writes
 end half-way as on a full disk) and carries on after it. At the end a fresh writer of each share finishes the plan undisturbed.
 """
 
@@ -57,8 +57,9 @@ def capture(path: Path, share: int, shares: int, plan: tuple[str, ...], name: st
         wanted = store.missing(plan[share::shares])
 
 
-def soak(path: Path, captures: int, writers: int, kills: int, seed: int = 0) -> dict[str, int]:
-    """Kill, finish, and check; what was counted. AssertionError if anything is not as promised."""
+def soak(path: Path, captures: int, writers: int, kills: int, life: float = 0.06, seed: int = 0) -> dict[str, int]:
+    """Kill, finish, and check; what was counted. A writer lives at most `life` seconds. AssertionError if anything is not as
+    promised."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write past the limit then fails instead of ending the process
     chance, plan = random.Random(seed), PLAN[:captures]
     running: dict[int, tuple[int, float]] = {}
@@ -70,7 +71,7 @@ def soak(path: Path, captures: int, writers: int, kills: int, seed: int = 0) -> 
             # half of the writers come back under the name in which one was killed
             name = f"writer-{share}" if chance.random() < 0.5 else None
             child = in_a_fork(lambda share=share, name=name: capture(path, share, writers, plan, name))  # type: ignore[misc]
-            running[child] = (share, time.monotonic() + chance.uniform(0, 0.04) + 0.02)
+            running[child] = (share, time.monotonic() + chance.uniform(0.1, 1) * life)
         time.sleep(0.002)
         for child, (share, end) in list(running.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -115,11 +116,12 @@ def main() -> int:
     parser.add_argument("--captures", type=int, default=200)
     parser.add_argument("--writers", type=int, default=4)
     parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--life", type=float, default=0.06, help="the longest that a writer lives, seconds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        print(json.dumps(soak(Path(folder) / "synvid", args.captures, args.writers, args.kills, args.seed), indent=1))
+        print(json.dumps(soak(Path(folder) / "synvid", args.captures, args.writers, args.kills, args.life, args.seed), indent=1))
     return 0
 
 
