@@ -13,10 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..devices import pick_device
-from ..errors import InvalidValueError, PromptError
-from ..synvid import sample_id
-from ..synvid.plan import Plan, prompt_seed
+from ..errors import PromptError
+from ..synvid.plan import Plan
 from ..synvid.prompts import read_prompts
+from ..synvid.wanted import wanted_samples
 from ..tiny.pipeline import latent_shape
 from .models import BUNDLED, SIZES, Precision, load_text
 
@@ -52,34 +52,23 @@ class EncodeArgs:
 
 def run(args: EncodeArgs) -> int:
     """Write the plan and print how many samples it has; 1 if a prompt could not be encoded, and the others are in it."""
-    if args.seeds < 1:
-        raise InvalidValueError(f"seeds is {args.seeds}; it must be at least 1")
     size = SIZES["tiny" if args.text_encoder == BUNDLED else "hunyuan-t2v"]
     given = (args.frames, args.height, args.width)
     shape = latent_shape(*(own if own is not None else usual for own, usual in zip(given, size, strict=False)))
     prompts, plan = read_prompts(args.prompts), Plan(args.out, create=True)
-    wanted = []
-    for prompt in prompts:
-        copies = range(args.seeds) if prompt.seed is None else range(1)
-        if prompt.id is not None and len(copies) > 1:
-            raise InvalidValueError(f"the prompt with id {prompt.id!r} can have one sample alone; leave out its id, or --seeds")
-        for copy in copies:
-            seed = prompt_seed(prompt.text, args.seed, copy) if prompt.seed is None else prompt.seed
-            name = sample_id(prompt.text, seed, shape) if prompt.id is None else prompt.id
-            if name not in plan.items:
-                wanted.append((prompt.text, seed, name))
+    wanted = [it for it in wanted_samples(prompts, shape, args.seeds, args.seed) if it.id not in plan.items]
     encoder = load_text(args.text_encoder, pick_device(args.device), args.dtype) if wanted else None
     faults = []
     encoded: dict[str, tuple[Tensor, Tensor]] = {}
-    for text, seed, name in tqdm(wanted, desc="encoding", unit="sample", disable=args.json, leave=False):
+    for it in tqdm(wanted, desc="encoding", unit="sample", disable=args.json, leave=False):
         assert encoder is not None
         try:
-            if text not in encoded:  # copies of a prompt follow one another
-                encoded = {text: encoder.encode(text)}
+            if it.prompt not in encoded:  # copies of a prompt follow one another
+                encoded = {it.prompt: encoder.encode(it.prompt)}
         except PromptError as error:
             faults.append(str(error))
             continue
-        plan.add(text, *encoded[text], seed, shape, name)
+        plan.add(it.prompt, *encoded[it.prompt], it.seed, shape, it.id)
     added = len(wanted) - len(faults)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)

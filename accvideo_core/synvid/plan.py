@@ -15,11 +15,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import OutputError, SynVidError
-from ..files import check_writable, output_error, sync_folder
+from ..errors import SynVidError
+from ..files import append_at, check_writable
+from .folder import Folder
 from .manifest import SampleInfo, check_info
 from .store import sample_id
-from .texts import Texts
+from .texts import put_text, read_text
 
 FILE = "plan.jsonl"
 
@@ -58,7 +59,6 @@ class Plan:
 
     def __init__(self, path: str | os.PathLike[str], create: bool = False) -> None:
         self.path = Path(path)
-        self._texts = Texts(self.path)
         self.items: dict[str, PlanItem] = {}
         self._end = 0
         file = self.path / FILE
@@ -71,7 +71,7 @@ class Plan:
             content = file.read_bytes()
         except OSError as error:
             raise SynVidError(f"cannot read {file}: {error.strerror or error}") from error
-        # What follows the last line's end was being written when its writer died; `_append` writes over it.
+        # What follows the last line's end was being written when its writer died; `add` writes over it.
         self._end = content.rfind(b"\n") + 1
         for number, line in enumerate(content[: self._end].splitlines(), 1):
             self._take(_from_line(line, f"{file}, line {number}"))
@@ -89,37 +89,20 @@ class Plan:
         name = sample_id(prompt, seed, shape) if name is None else name
         if name in self.items:
             raise SynVidError(f"{self.path} has a sample {name!r} already; give each its own id or seed")
-        item = PlanItem(name, prompt, self._texts.put(text, pooled), int(seed), (channels, frames, height, width))
+        item = PlanItem(name, prompt, put_text(self.path, text, pooled), int(seed), (channels, frames, height, width))
         _check(item)
-        self._append(json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+        line = json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        self._end = append_at(self.path / FILE, self._end, line)
         self._take(item)
         return item
 
     def text(self, name: str) -> tuple[Tensor, Tensor | None]:
         """(text (L, D), pooled (P,) or None) by hash. SynVidError if it is missing or damaged."""
-        return self._texts.read(name)
+        return read_text(Folder(self.path), name)
 
     def _take(self, item: PlanItem) -> None:
         if self.items.setdefault(item.id, item) is not item:
             raise SynVidError(f"{self.path / FILE} has the id {item.id!r} twice; remove one of the lines")
-
-    def _append(self, line: bytes) -> None:
-        path = self.path / FILE
-        try:
-            new = not path.exists()
-            with open(path, "xb" if new else "r+b", buffering=0) as file:
-                file.seek(self._end)
-                file.truncate()
-                if file.write(line) != len(line):
-                    raise OSError(28, "No space left on device")
-                os.fsync(file.fileno())
-            if new:
-                sync_folder(path.parent)
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise output_error(path, error) from error
-        self._end += len(line)
 
 
 def _from_line(line: bytes, where: str) -> PlanItem:
