@@ -204,9 +204,8 @@ class _Run:
         async with ComfyClient(self._args.server) as comfy:
             while self._jobs:
                 job = self._jobs.popleft()
-                lacking = await self._patiently(comfy, lambda job=job: self._missing(comfy, job.ids))
                 try:
-                    await self._capture(comfy, job, bar)
+                    captured = await self._capture(comfy, job, bar)
                     self._in_a_row = 0
                 except (ComfyRefused, ComfyUnreachable):
                     raise
@@ -217,20 +216,25 @@ class _Run:
                     if self._in_a_row >= IN_A_ROW:
                         raise ComfyError(f"{self._in_a_row} samples in a row failed; the last: {reason}") from error
                     continue
-                self._report.captured += len(lacking)
-                bar.update(len(lacking))
+                self._report.captured += captured
+                bar.update(captured)
 
-    async def _capture(self, comfy: ComfyClient, job: Job, bar: tqdm) -> None:
-        """Run the workflow until the dataset has the job's samples. ComfyError where it fails for a reason of its own."""
+    async def _capture(self, comfy: ComfyClient, job: Job, bar: tqdm) -> int:
+        """Run the workflow until the dataset has the job's samples; returns how many of them it lacked before. ComfyError where
+        it fails for a reason of its own."""
         queued: list[str] = []
+        lacking = 0
 
         def show(progress: Progress) -> None:
-            bar.set_postfix_str(f"step {progress.value} of {progress.total}")
+            if progress.node == self._template.sampler:
+                bar.set_postfix_str(f"step {progress.value} of {progress.total}")
 
         try:
             for _ in range(TRIES):
-                if not await self._patiently(comfy, lambda: self._missing(comfy, job.ids)):
-                    return
+                missing = await self._patiently(comfy, lambda: self._missing(comfy, job.ids))
+                lacking = max(lacking, len(missing))
+                if not missing:
+                    return lacking
                 queued.clear()
                 try:
                     await comfy.run(self._template.filled(job.prompt, job.seed), show, on_queued=queued.append)
@@ -244,7 +248,7 @@ class _Run:
                     continue
                 if await self._patiently(comfy, lambda: self._missing(comfy, job.ids)):
                     raise ComfyError("the workflow ran, but the dataset lacks the sample; does its writer run?")
-                return
+                return lacking
             raise ComfyError(f"ComfyUI forgot it {TRIES} times; somebody removes it from the queue")
         except asyncio.CancelledError:
             if queued:
