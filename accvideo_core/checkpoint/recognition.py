@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 
@@ -60,18 +61,21 @@ def recognise(names: Iterable[str]) -> tuple[Layout, str, dict[str, Place | None
             else f"its tensors ({some(names)}) are neither HunyuanVideo's nor Wan 2.1's"
         )
 
-    def translate(layout: Layout, prefix: str) -> dict[str, Place | None]:
-        return {n: layout.place(n[len(prefix) :]) if n.startswith(prefix) else None for n in names}
-
-    def score(choice: tuple[Layout, str, dict[str, Place | None]]) -> int:
-        return sum(place is not None for place in choice[2].values())
-
+    layout, prefix, table, most = LAYOUTS[0], "", dict.fromkeys(names), -1
     prefixes = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in names)]
-    choices = [(layout, prefix, translate(layout, prefix)) for layout in LAYOUTS for prefix in prefixes]
-    layout, prefix, table = max(choices, key=score)
+    for choice in itertools.product(LAYOUTS, prefixes):
+        found = _translate(names, *choice)
+        if (score := sum(place is not None for place in found.values())) > most:
+            (layout, prefix), table, most = choice, found, score
+        if most == len(names):
+            break
     if not any(table.values()):
         stem = signed.string[: signed.start()]
         raise ValueError(
             f"its names begin with {stem!r}, a prefix that is not known (known: {', '.join(p for p in PREFIXES if p)})"
         )
     return layout, prefix, table
+
+
+def _translate(names: list[str], layout: Layout, prefix: str) -> dict[str, Place | None]:
+    return {name: layout.place(name[len(prefix) :]) if name.startswith(prefix) else None for name in names}

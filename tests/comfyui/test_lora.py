@@ -104,7 +104,9 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     def job(output: str, file: str, applied_by: str = "native", *loras: dict) -> None:
         outputs[output] = folder / f"output{len(outputs)}"
-        kept = {"dtype": "float32", "loader": "native", "gives": ["denoised", "weights"]}
+        # Of what the native loader makes only the weights are looked at, of the merged files only what they give.
+        gives = {"native": ["weights"], "merged": ["denoised"]}.get(output.split()[0], ["denoised", "weights"])
+        kept = {"dtype": "float32", "loader": "native", "gives": gives}
         jobs.append({"output": outputs[output].name, "file": file, "applied_by": applied_by, "loras": loras, **kept})
 
     for family, state in states.items():
