@@ -164,6 +164,18 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, and make their names survive a power cut. Raises OutputError as `atomic_path`."""
+    try:
+        above = [folder, *folder.parents]
+        missing = above[: next(i for i, parent in enumerate(above) if parent.is_dir())]
+        folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            sync_folder(made.parent)
+    except OSError as error:
+        raise output_error(folder, error) from error
+
+
 def append_at(path: Path, end: int, line: bytes) -> int:
     """Write a line at byte `end` of a file that only grows, and flush it to the disk; returns where the next one begins.
 

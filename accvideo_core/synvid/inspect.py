@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from .manifest import Sample, union
-from .reader import SynVidReader, grouped, text_file
+from .reader import SynVidReader, grouped
+from .texts import text_file
 
 
 def describe(

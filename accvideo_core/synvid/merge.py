@@ -14,11 +14,12 @@ from typing import Annotated
 import tyro
 
 from ..errors import InvalidValueError, OutputError, SynVidError
-from ..files import atomic_path
+from ..files import atomic_path, make_folder
 from ..progress import byte_progress
 from .manifest import Sample
-from .reader import Damage, SynVidReader, grouped, text_file
-from .store import SynVidStore, make_folder
+from .reader import Damage, SynVidReader, grouped
+from .store import SynVidStore
+from .texts import text_file
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..checkpoint.safetensors_file import DTYPES
@@ -25,7 +23,8 @@ from ..errors import AccVideoWarning, SynVidError
 from .folder import Folder, RemoteFolder, open_folder
 from .header import Header
 from .manifest import Line, Sample, parse, union
-from .tensors import bit_sum, noise_hash, raw, seeded_noise, tensor_hash
+from .tensors import bit_sum, noise_hash, raw, seeded_noise
+from .texts import read_text, text_file
 
 HEADER = "synvid.json"
 _CURE = "accvideo inspect --verify names all that is damaged"
@@ -114,15 +113,7 @@ class SynVidReader:
 
     def text(self, name: str) -> tuple[Tensor, Tensor | None]:
         """(text (L, D), pooled (P,) or None) by hash. SynVidError if it is missing or not what was stored."""
-        file = text_file(name)
-        try:
-            found = safetensors.torch.load(self.folder.read(file))
-        except (OSError, SafetensorError) as error:
-            raise SynVidError(f"{self.folder}: {file} cannot be read ({error}); {_CURE}") from error
-        tensors = [found[part] for part in ("text", "pooled") if part in found]
-        if tensor_hash(*tensors) != name:
-            raise SynVidError(f"{self.folder}: {file} is not what was stored under its name; {_CURE}")
-        return tensors[0], tensors[1] if len(tensors) > 1 else None
+        return read_text(self.folder, name)
 
     # ---- what is whole ---------------------------------------------------------------------------------------------------
 
@@ -264,11 +255,6 @@ class SynVidReader:
         if len(self._places) > 4096:
             self._places.popitem(last=False)
         return places
-
-
-def text_file(name: str) -> str:
-    """Where the text of that hash lies."""
-    return f"text/{name[:2]}/{name}.safetensors"
 
 
 def grouped(samples: Iterable[Sample]) -> dict[str, list[Sample]]:

@@ -23,11 +23,12 @@ from torch import Tensor
 
 from ..checkpoint import write_safetensors
 from ..errors import OutputError, SynVidError
-from ..files import atomic_path, output_error, sync_folder
+from ..files import atomic_path, make_folder, output_error, sync_folder
 from .header import Header
 from .manifest import NAME, Sample, SampleInfo, Withdrawal, check_info, to_line, union
-from .reader import HEADER, SynVidReader, text_file
-from .tensors import bit_sum, noise_hash, seeded_noise, stored_key, tensor_hash
+from .reader import HEADER, SynVidReader
+from .tensors import bit_sum, noise_hash, seeded_noise, stored_key
+from .texts import put_text, text_file
 
 
 def sample_id(prompt: str, seed: int, shape: Sequence[int]) -> str:
@@ -72,17 +73,7 @@ class SynVidStore(SynVidReader):
     def put_text(self, text: Tensor, pooled: Tensor | None = None) -> str:
         """Store a prompt's text (L, D) at its valid length and its pooled vector (P,), in the dtypes they have; once, however
         often it is put. Returns the hash that samples name it by."""
-        if text.ndim != 2 or not text.numel() or (pooled is not None and pooled.ndim != 1):
-            raise SynVidError(f"text {tuple(text.shape)}; give one prompt's text (L, D) and pooled vector (P,)")
-        tensors = {"text": text} if pooled is None else {"text": text, "pooled": pooled}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise SynVidError("a text encoding holds NaN or infinities; it is not stored: look at the text encoder's dtype")
-        name = tensor_hash(*tensors.values())
-        path = self.path / text_file(name)
-        if not path.exists():
-            self._write(path, tensors)
-        return name
+        return put_text(self.path, text, pooled)
 
     def commit(self, keys: Sequence[Tensor], samples: Sequence[SampleInfo], noise: Tensor) -> None:
         """Store a captured batch; when this returns it is on the disk and stays there.
@@ -208,16 +199,6 @@ def _write_once(path: Path, text: str) -> None:
         return
     with contextlib.suppress(FileExistsError), atomic_path(path, replace=False) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder of the dataset and those above it, and make their names survive a power cut. OutputError if it cannot."""
-    with _as_output_error(folder):
-        above = [folder, *folder.parents]
-        missing = above[: next(i for i, parent in enumerate(above) if parent.is_dir())]
-        folder.mkdir(parents=True, exist_ok=True)
-        for made in missing:
-            sync_folder(made.parent)
 
 
 def _whole_lines(path: Path) -> int:
