@@ -81,12 +81,12 @@ def as_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
                 continue
             value = values.pop(0)
             assert isinstance(value, WIDGETS[kind]), (node["type"], name, value)
+            if options.get("control_after_generate"):
+                assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
             if name in filled:  # linked: what the widget shows is not used
                 continue
             if kind == "COMBO" and options.get("options") and name not in FILES:
                 assert value in options["options"]
-            if options.get("control_after_generate"):
-                assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
             filled[name] = value
         assert not values, f"{node['type']} has {len(values)} widget values too many"
         for name in node_types[node["type"]]["input"]["required"]:
