@@ -7,13 +7,12 @@ is whole; so after a crash at any moment the manifests tell exactly what there i
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from ..checkpoint import write_safetensors
 from ..errors import OutputError, SynVidError
-from ..files import atomic_path, make_folder, output_error, sync_folder
+from ..files import append_at, atomic_path, make_folder
 from .header import Header
 from .manifest import NAME, Sample, SampleInfo, Withdrawal, check_info, to_line, union
 from .reader import HEADER, SynVidReader
@@ -148,25 +147,15 @@ class SynVidStore(SynVidReader):
 
     def _append(self, entries: Iterable[Sample | Withdrawal]) -> None:
         """Add whole lines to this writer's manifest, in one write, and flush them; on failure the manifest is as it was."""
-        lines = b"".join(map(to_line, entries))
         path = self._manifest
         make_folder(path.parent)
-        with _as_output_error(path):
-            new = not path.exists()
-            with open(path, "ab", buffering=0) as file:
-                begin = _whole_lines(path)
-                try:
-                    file.truncate(begin)  # a line that a writer of this name died in was never committed
-                    if file.write(lines) != len(lines):
-                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    os.fsync(file.fileno())
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        file.truncate(begin)
-                        os.fsync(file.fileno())
-                    raise
-            if new:
-                sync_folder(path.parent)
+        end = _whole_lines(path)  # a line that a writer of this name died in was never committed
+        try:
+            append_at(path, end, b"".join(map(to_line, entries)))
+        except OutputError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, end)
+            raise
 
     def _manifest_text(self) -> str:
         try:
@@ -202,7 +191,9 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def _whole_lines(path: Path) -> int:
-    """Bytes of a manifest up to the end of its last whole line."""
+    """Bytes of a manifest up to the end of its last whole line; 0 if there is none yet."""
+    if not path.exists():
+        return 0
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END)
         while end:
@@ -213,13 +204,3 @@ def _whole_lines(path: Path) -> int:
                 return begin + last + 1
             end = begin
     return 0
-
-
-@contextlib.contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise output_error(path, error) from error

@@ -22,7 +22,7 @@ def text_file(name: str) -> str:
 
 def put_text(folder: Path, text: Tensor, pooled: Tensor | None = None) -> str:
     """Store a prompt's text (L, D) at its valid length and its pooled vector (P,), in the dtypes they have; once, however
-    often it is put. Returns its hash. SynVidError for other shapes, NaN and infinities."""
+    often it is put; one that is damaged is written again. Returns its hash. SynVidError for other shapes, NaN and infinities."""
     if text.ndim != 2 or not text.numel() or (pooled is not None and pooled.ndim != 1):
         raise SynVidError(f"text {tuple(text.shape)}; give one prompt's text (L, D) and pooled vector (P,)")
     tensors = {"text": text} if pooled is None else {"text": text, "pooled": pooled}
@@ -31,10 +31,18 @@ def put_text(folder: Path, text: Tensor, pooled: Tensor | None = None) -> str:
         raise SynVidError("a text encoding holds NaN or infinities; it is not stored: look at the text encoder's dtype")
     name = tensor_hash(*tensors.values())
     path = folder / text_file(name)
-    if not path.exists():
+    if not _is_whole(folder, name):
         make_folder(path.parent)
         write_safetensors(path, tensors)
     return name
+
+
+def _is_whole(folder: Path, name: str) -> bool:
+    try:
+        read_text(Folder(folder), name)
+    except SynVidError:
+        return False
+    return True
 
 
 def read_text(folder: Folder | RemoteFolder, name: str) -> tuple[Tensor, Tensor | None]:

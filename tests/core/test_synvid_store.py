@@ -318,6 +318,15 @@ def test_a_changed_bit_is_never_read(tmp_path: Path) -> None:
             SynVidReader(tmp_path).read(PLAN[1], 1)
 
 
+def test_a_damaged_text_is_mended_by_putting_it_again(tmp_path: Path) -> None:
+    store = dataset(tmp_path, 1)
+    path = next((tmp_path / "text").rglob("*.safetensors"))
+    flip(path, -1)
+    assert [damage.id for damage in store.verify()] == [PLAN[0]]
+    commit(store, PLAN[:1])
+    assert store.verify() == []
+
+
 def test_noise_that_a_seed_no_longer_gives_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = dataset(tmp_path, 1)
     monkeypatch.setattr("accvideo_core.synvid.tensors.make_noise", lambda shape, seeds: torch.zeros(shape))
@@ -517,7 +526,7 @@ def test_a_manifest_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monke
         """The manifest on a disk with 100 bytes left."""
 
         def __init__(self, path: Path) -> None:
-            self.file = real["open"](path, "ab", buffering=0)
+            self.file = real["open"](path, "r+b", buffering=0)
 
         def __enter__(self) -> Full:
             return self
@@ -537,7 +546,10 @@ def test_a_manifest_that_cannot_be_written_stays_as_it_was(tmp_path: Path, monke
         real["fsync"](handle)
 
     if failing == "write":
-        monkeypatch.setattr("builtins.open", lambda path, *a, **k: Full(path) if a == ("ab",) else real["open"](path, *a, **k))
+        monkeypatch.setattr(
+            "builtins.open",
+            lambda path, *a, **k: Full(path) if a == ("r+b",) and Path(path) == manifest else real["open"](path, *a, **k),
+        )
     elif sys.platform != "linux":
         pytest.skip("tells the manifest by /proc")
     else:
