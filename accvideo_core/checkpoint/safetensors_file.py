@@ -93,7 +93,7 @@ class SafetensorsFile:
         """The tensor on the CPU in its stored dtype, in memory of its own or `mapped` (see `Checkpoint.read`)."""
         info = self.tensors[name]
         if mapped and info.nbytes and info.start % info.dtype.itemsize == 0:
-            return self._over_the_file(info)
+            return self._over_the_file(name, info)
         out = _fresh(info)
         view = out.reshape(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         done = 0
@@ -109,11 +109,13 @@ class SafetensorsFile:
                 raise CheckpointError(f"cannot read tensor {name} of {self.path}: {error.strerror or error}") from error
         return out
 
-    def _over_the_file(self, info: TensorInfo) -> torch.Tensor:
+    def _over_the_file(self, name: str, info: TensorInfo) -> torch.Tensor:
         """The map lives as long as one of its tensors; what is written to them stays in memory."""
         try:
             with self._lock:
                 self._map = self._map or mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if info.end > len(self._map):
+                raise CheckpointError(f"{self.path} ended before tensor {name} did; is it still being written?")
             if hasattr(mmap, "MADV_WILLNEED"):  # read ahead at the disk's pace; page by page it would be half as fast
                 start = info.start // mmap.PAGESIZE * mmap.PAGESIZE
                 self._map.madvise(mmap.MADV_WILLNEED, start, info.end - start)

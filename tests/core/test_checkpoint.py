@@ -283,13 +283,14 @@ class TestDamaged:
         with pytest.raises(AccVideoError):
             open_checkpoint(path)
 
-    def test_a_file_cut_off_while_open_is_an_error(self, file):
+    @pytest.mark.parametrize("mapped", [False, True])
+    def test_a_file_cut_off_while_open_is_an_error(self, file, mapped):
         with open_checkpoint(file) as checkpoint:
             last = checkpoint.keys()[-1]
             with open(file, "rb+") as handle:
                 handle.truncate(file.stat().st_size - 1)
-            with pytest.raises(CheckpointError, match=last):
-                checkpoint.read(last)
+            with pytest.raises(CheckpointError, match=f"ended .*{last}.* is it still being written"):
+                checkpoint.read(last, mapped)
 
     def test_the_file_is_closed_after_an_error(self, tmp_path, state):
         import psutil
