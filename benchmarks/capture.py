@@ -55,9 +55,9 @@ class Args:
     """Trajectories a batch of the tiny teacher."""
     steps: int = 50
     """Steps of a trajectory."""
-    step_seconds: float = 0.2
+    step_seconds: float = 0.4
     """What a step of the stand-in network takes."""
-    batches: int = 3
+    batches: int = 2
     """Batches of one trajectory a repeat of the stand-in; the tiny teacher has one a repeat."""
     folder: Path | None = None
     """Where to write, on the disk to be measured; by default the system's temporary folder."""

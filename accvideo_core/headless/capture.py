@@ -22,7 +22,7 @@ from ..errors import InvalidValueError
 from ..lora.streaming import sha256_of
 from ..schedule import get_preset
 from ..synvid import Header, SynVidStore
-from ..synvid.capture import capture, my_share
+from ..synvid.capture import capture, leave_together, my_share
 from ..synvid.plan import Plan
 from ..synvid.reader import HEADER
 from .models import BUNDLED, Precision, check_fits, find_network, load_network
@@ -90,7 +90,11 @@ def run(args: CaptureArgs) -> int:
         check_fits(network, plan.text(items[0].text))
     quiet = args.json or rank > 0
     with tqdm(total=len(items), desc="capturing", unit="trajectory", smoothing=0, disable=quiet, leave=False) as bar:
-        faults = capture(network, plan, items, store, args.batch, device, lambda count: bar.update(count) and None)
+
+        def progress(count: int) -> None:
+            bar.update(count)
+
+        faults = capture(network, plan, items, store, args.batch, device, progress)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     captured = len(items) - len(faults)
@@ -98,6 +102,7 @@ def run(args: CaptureArgs) -> int:
         print(json_module.dumps({"dataset": str(args.out), "rank": rank, "captured": captured, "left_out": faults}))
     else:
         print(f"{args.out}: {captured} trajectories captured by process {rank}, {len(faults)} left out")
+    leave_together()
     return 1 if faults else 0
 
 

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from .store import SynVidStore
 
 WAITING = 2  # batches that may wait for the disk; then sampling does, too, instead of filling the memory
 MAX_FAULTS = 10  # samples that may fail before a capture gives up
+_PATIENCE = timedelta(days=365)  # of the first process to be done, for the last
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
@@ -177,15 +179,19 @@ def my_share(plan: Plan, store: SynVidStore) -> list[PlanItem]:
     if size == 1:
         return [plan.items[name] for name in store.missing(ids)]
     wanted = torch.zeros(len(ids), dtype=torch.bool)
-    dist.init_process_group("gloo")
-    try:
-        if rank == 0:
-            missing = set(store.missing(ids))
-            wanted = torch.tensor([name in missing for name in ids])
-        dist.broadcast(wanted, 0)
-    finally:
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    if rank == 0:
+        missing = set(store.missing(ids))
+        wanted = torch.tensor([name in missing for name in ids])
+    dist.broadcast(wanted, 0)
     return [plan.items[ids[i]] for i in wanted.nonzero().flatten().tolist()[rank::size]]
+
+
+def leave_together() -> None:
+    """Wait until the other processes are done, too: torchrun ends them all as soon as one ends and reports a fault."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _write(
