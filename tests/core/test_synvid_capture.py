@@ -215,7 +215,7 @@ def test_two_processes_killed_half_way_and_one_that_finishes(tmp_path):
     assert soak(tmp_path, 16, 4, ["--steps", "25"])["captured_once"] == 16
 
 
-def test_the_capture_command(tmp_path, capsys, monkeypatch):
+def test_the_capture_command(tmp_path, capsys):
     plan, out = make_plan(tmp_path / "plan", 2), tmp_path / "dataset"
     words = ["capture", "--plan", str(plan.path), "--out", str(out), "--steps", "2", "--batch", "2", "--device", "cpu"]
     assert cli.main([*words, "--full", "--json"]) == 0
@@ -235,4 +235,5 @@ def test_the_capture_command(tmp_path, capsys, monkeypatch):
         assert said in capsys.readouterr().err
     shutil.rmtree(plan.path / "text")
     assert cli.main([*words, "--full", "--out", str(tmp_path / "other")]) == 1
-    assert "the text" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{plan.path}: text/" in said and "cannot be read" in said and "encode the prompt again" in said
