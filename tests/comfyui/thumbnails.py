@@ -1,7 +1,8 @@
 """The workflows' pictures in ComfyUI's template browser, made from real runs: `make thumbnails`.
 
 Starts the first ComfyUI found (see setup_envs.py), runs every workflows/api/*.json (those for the released models on the tiny
-ones), and writes four frames of the video it saved to workflows/<same name>.jpg. It needs the bundled weights; random ones make no picture worth having.
+ones), and writes four frames of the video it saved to workflows/<same name>.jpg. It needs the bundled weights; random ones make
+no picture worth having.
 """
 
 from __future__ import annotations
