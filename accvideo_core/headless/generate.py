@@ -1,6 +1,7 @@
 """`accvideo generate`: a prompt to an MP4, with the bundled models or with released ones from files.
 
-Text encoder, network and VAE are loaded one after the other, so that only the largest must fit the device.
+Text encoder, network and VAE are on the device one after the other, so that only the largest must fit it; a VAE that cannot be
+loaded is found before the long work, not after.
 """
 
 from __future__ import annotations
@@ -103,9 +104,9 @@ def run(args: GenerateArgs) -> int:
     sigmas, noise = preset.sigmas(steps, args.shift), make_noise((1, *shape), [args.seed])
     check_writable(args.out)
     timed = Stopwatch(device)
+    vae = timed("loading VAE", lambda: load_vae(args.vae, device))
     text = _encode(args, timed)
     latent = _sample(args, file, family, text, noise, sigmas, timed)
-    vae = timed("loading VAE", lambda: load_vae(args.vae, device))
     frames = timed("vae", lambda: vae.decode(latent[0]))
     model = f"tiny-{which}" if args.student == BUNDLED else file.name
     recipe = {"prompt": args.prompt, "model": model, "steps": steps, "seed": args.seed, "accvideo": __version__}

@@ -24,8 +24,8 @@ class VideoVAE(Protocol):
 class HunyuanVAE:
     """`HunyuanVAE.load(folder).decode(latent)`."""
 
-    def __init__(self, vae: Any) -> None:
-        self._vae = vae
+    def __init__(self, vae: Any, device: torch.device | str) -> None:
+        self._vae, self._device = vae, device
 
     @classmethod
     def load(
@@ -33,6 +33,7 @@ class HunyuanVAE:
     ) -> HunyuanVAE:
         """From a folder in diffusers' layout, or one whose `vae` is. Never loads from the network.
 
+        device  where it decodes; it goes there only then, so that it can be loaded before what else must fit there
         tiled  decode tiles of 256 x 256 pixels and 16 frames, blended, instead of the whole clip at once
         Raises MissingExtraError without diffusers, CheckpointError for a folder or weights that are not whole.
         """
@@ -51,12 +52,13 @@ class HunyuanVAE:
             vae.enable_tiling()
         else:
             vae.use_framewise_decoding = False
-        return cls(vae.to(device).eval())
+        return cls(vae.eval(), device)
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> NDArray[np.uint8]:
         """As `VideoVAE`; the VAE's own latents are model space / 0.476986."""
-        own = latent.to(self._vae.device, torch.float32) / self._vae.config.scaling_factor
+        self._vae.to(self._device)
+        own = latent.to(self._device, torch.float32) / self._vae.config.scaling_factor
         frames = self._vae.decode(own[None].to(self._vae.dtype), return_dict=False)[0][0]
         pixels: NDArray[np.uint8] = ((frames.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
         return pixels
