@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from accvideo_core import cli
+from accvideo_core import cli, comfy_queue
+from accvideo_core.comfy_client import ComfyError, ComfyForgot, ComfyUnreachable
 from accvideo_core.comfy_queue import Template
 from accvideo_core.errors import InvalidValueError
 from accvideo_core.synvid import sample_id
 
+SKIPPED = "the workflow ran, but the dataset lacks the sample; does its writer run?"
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "workflows" / "api" / "accvideo_tiny_synvid.json"
 
@@ -112,3 +115,79 @@ def test_it_says_why_there_is_no_use_in_trying(stand_in, tmp_path: Path, capsys:
     absent = ", ".join(sorted(set(kinds) - set(plain)))
     assert f"has no node {absent}; install AccVideo into its custom_nodes" in says(stand_in(plain))
     assert "does not know /accvideo/synvid/missing; install AccVideo there, or update it" in says(stand_in(kinds))
+
+
+class Unsteady:
+    """A ComfyUI as its client sees it, which follows a script: "dies" before it captures, "dies late" after, "forgets", "fails",
+    "skips" (runs, and nothing is captured); then all goes well. Shared by all clients of a run."""
+
+    def __init__(self, script: list[str]) -> None:
+        self.script, self.captured, self.runs, self.down = script, Counter[str](), 0, 0
+
+    def client(self, url: str) -> Unsteady:
+        return self
+
+    async def __aenter__(self) -> Unsteady:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        pass
+
+    async def node_types(self) -> dict[str, Any]:
+        return {node["class_type"]: {} for node in json.loads(TINY.read_text()).values()}
+
+    async def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        if self.down:
+            self.down -= 1
+            raise ComfyUnreachable("gone")
+        return {"dataset": "there", "missing": [name for name in body["ids"] if name not in self.captured]}
+
+    async def run(self, nodes: dict[str, Any], on_progress: Any, on_queued: Callable[[str], None]) -> None:
+        on_queued("p")
+        await asyncio.sleep(0)
+        self.runs += 1
+        act = self.script.pop(0) if self.script else ""
+        if act in ("", "dies late"):
+            inputs = {node["class_type"]: node["inputs"] for node in nodes.values()}
+            seed = inputs["AccVideoTrajectorySampler"]["seed"]
+            self.captured[sample_id(inputs["AccVideoSynVidWriter"]["prompt"], seed, (16, 5, 8, 8))] += 1
+        if act.startswith("dies"):
+            self.down = 2
+            raise ComfyUnreachable("gone")
+        if act in ("forgets", "fails"):
+            raise {"forgets": ComfyForgot, "fails": ComfyError}[act](f"it {act}")
+
+    async def rejoin(self, prompt_id: str, on_progress: Any) -> None:
+        raise ComfyForgot("it was started again")
+
+
+@pytest.mark.parametrize(("ahead", "restarts"), [("1", 2), ("3", 1)])  # of three at once, two meet the same outage
+def test_an_unsteady_server_captures_every_prompt_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: str, restarts: int
+) -> None:
+    server = Unsteady(["", "dies", "dies late", "forgets", "fails", "skips"])
+    monkeypatch.setattr(comfy_queue, "ComfyClient", server.client)
+    monkeypatch.setattr(comfy_queue, "PAUSE", 0.001)
+    (tmp_path / "p.txt").write_text("\n".join(f"a red circle {i}" for i in range(8)))
+    words = ["queue", str(TINY), "--prompts", str(tmp_path / "p.txt"), "--ahead", ahead, "--report", str(tmp_path / "r.json")]
+    assert cli.main(words) == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert [fault["reason"] for fault in report["failed"]] == ["it fails", SKIPPED]
+    assert (report["samples"], report["before"], report["captured"], report["restarts"]) == (8, 0, 6, restarts)
+    assert len(server.captured) == 6 and set(server.captured.values()) == {1} and server.runs == 10
+    assert cli.main(words) == 0, "what failed is tried again, nothing else is"
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["before"], report["captured"]) == (6, 2) and server.runs == 12 and set(server.captured.values()) == {1}
+
+
+@pytest.mark.parametrize(("script", "sentence"), [(["forgets"] * 50, "ComfyUI forgot it 5 times"), (["fails"] * 50, "it fails")])
+def test_it_gives_up_when_nothing_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], script: list[str], sentence: str
+) -> None:
+    server = Unsteady(script)
+    monkeypatch.setattr(comfy_queue, "ComfyClient", server.client)
+    monkeypatch.setattr(comfy_queue, "IN_A_ROW", 3)
+    (tmp_path / "p.txt").write_text("\n".join(f"a red circle {i}" for i in range(8)))
+    assert cli.main(["queue", str(TINY), "--prompts", str(tmp_path / "p.txt")]) == 1
+    assert f"3 samples in a row failed; the last: {sentence}" in capsys.readouterr().err
