@@ -143,6 +143,6 @@ def test_the_help_pages_are_served(server: Server) -> None:
 
 
 def test_the_pack_loads(server: Server) -> None:
-    """ComfyUI prints a line per pack with its import time; a failed import would say so on the same line."""
-    (line,) = (line for line in server.console().splitlines() if line.rstrip().endswith("custom_nodes/accvideo"))
-    assert "FAILED" not in line
+    """ComfyUI prints a line per pack with its import time at each start; a failed import would say so on the same line."""
+    lines = [line for line in server.console().splitlines() if line.rstrip().endswith("custom_nodes/accvideo")]
+    assert lines and not any("FAILED" in line for line in lines)
