@@ -25,6 +25,10 @@ class SynVidError(AccVideoError):
     """A trajectory dataset that is missing, damaged or made in another way, or a trajectory that must not go into it."""
 
 
+class TrainingError(AccVideoError):
+    """A training that cannot go on: a gradient that is no number, memory that does not suffice, a run it does not belong to."""
+
+
 class PromptError(AccVideoError, ValueError):
     """A prompt that a text encoder cannot take, or a prompt file that cannot be read."""
 

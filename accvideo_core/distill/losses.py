@@ -1,9 +1,14 @@
-"""Training losses of AccVideo (arXiv 2503.19462). Latents are in model space; B is the batch."""
+"""Training losses of AccVideo (arXiv 2503.19462, Eqs. 6 to 8). Latents are in model space; B is the batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import relu, softplus
 
 
 def segment_velocity(noisier: Tensor, cleaner: Tensor, sigma_noisier: Tensor, sigma_cleaner: Tensor) -> Tensor:
@@ -12,10 +17,68 @@ def segment_velocity(noisier: Tensor, cleaner: Tensor, sigma_noisier: Tensor, si
     noisier, cleaner (B, C, T, H, W) are l[k+1] and l[k]; the sigmas (B,). One Euler step with it from the noisier point
     lands exactly on the cleaner one.
     """
-    gap = (sigma_cleaner - sigma_noisier).view(-1, *[1] * (noisier.ndim - 1))
-    return (cleaner - noisier) / gap
+    return (cleaner - noisier) / _levels(sigma_cleaner - sigma_noisier, noisier)
 
 
 def trajectory_loss(velocity: Tensor, noisier: Tensor, cleaner: Tensor, sigma_noisier: Tensor, sigma_cleaner: Tensor) -> Tensor:
     """Eq. 6: mean squared error (scalar) of the student's velocity at the noisier key point to the segment velocity."""
     return torch.mean((velocity - segment_velocity(noisier, cleaner, sigma_noisier, sigma_cleaner)) ** 2)
+
+
+def x0_loss(velocity: Tensor, noisier: Tensor, clean: Tensor, sigma_noisier: Tensor) -> Tensor:
+    """What CausVid, Self-Forcing and others regress instead: mean squared error (scalar) of the clean latent that the velocity
+    points at, noisier - sigma * velocity, to the trajectory's clean end (key 0)."""
+    return torch.mean((noisier - _levels(sigma_noisier, noisier) * velocity - clean) ** 2)
+
+
+def euler_step(noisier: Tensor, velocity: Tensor, sigma_noisier: Tensor, sigma_cleaner: Tensor) -> Tensor:
+    """(B, C, T, H, W): one Euler step along the velocity from sigma_noisier to sigma_cleaner, both (B,)."""
+    return noisier + _levels(sigma_cleaner - sigma_noisier, noisier) * velocity
+
+
+class GanLoss(NamedTuple):
+    """student(fake logits) and head(real logits, fake logits), each a scalar to be minimised; logits of any shape, the larger
+    the more real, D = sigmoid(logit)."""
+
+    student: Callable[[Tensor], Tensor]
+    head: Callable[[Tensor, Tensor], Tensor]
+
+
+def softplus_student_loss(fake: Tensor) -> Tensor:
+    """-log D(fake). Eq. 7 has the student minimise log(1 - D(fake)), whose gradient vanishes where the head wins, as it does
+    at first; this is the usual non-saturating form with the same fixed point (Goodfellow et al., arXiv 1406.2661, section 3)."""
+    return softplus(-fake).mean()
+
+
+def softplus_head_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Eqs. 7 and 8 as the head sees them: -log D(real) - log(1 - D(fake))."""
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+def hinge_student_loss(fake: Tensor) -> Tensor:
+    """-logit of the fake (Lim and Ye, arXiv 1705.02894)."""
+    return -fake.mean()
+
+
+def hinge_head_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """max(0, 1 - real) + max(0, 1 + fake): no gradient from what is told apart by a margin."""
+    return relu(1 - real).mean() + relu(1 + fake).mean()
+
+
+GAN_LOSSES: MappingProxyType[str, GanLoss] = MappingProxyType(
+    {
+        "softplus": GanLoss(softplus_student_loss, softplus_head_loss),
+        "hinge": GanLoss(hinge_student_loss, hinge_head_loss),
+    }
+)
+
+
+def approximate_r1(real: Tensor, disturbed: Tensor) -> Tensor:
+    """Mean square (scalar) of how far a head's logits move when a little noise is added to the real latents: with noise of
+    deviation s it is about s**2 times the R1 penalty, without second derivatives (Seaweed-APT, arXiv 2501.08316, Eq. 5)."""
+    return torch.mean((disturbed - real) ** 2)
+
+
+def _levels(sigma: Tensor, latent: Tensor) -> Tensor:
+    """(B,) as (B, 1, 1, 1, 1), in the latent's dtype."""
+    return sigma.to(latent.dtype).view(-1, *[1] * (latent.ndim - 1))

@@ -1,0 +1,162 @@
+"""What can be chosen about a distillation. The paper's values where it gives any; docs/method.md says why for the others."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..errors import InvalidValueError
+from .discriminator import Heads, Kind
+from .losses import GAN_LOSSES
+
+Gan = Literal["softplus", "hinge"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run follows from these, the dataset and the weights alone."""
+
+    iterations: int = 1200
+    """Iterations of Algorithm 1 in all; each goes through every key once."""
+    batch: int = 32
+    """Trajectories an update, of all processes together."""
+    micro_batch: int | None = None
+    """Trajectories that a process computes at a time, accumulating gradients; default: its whole share of the batch."""
+    seed: int = 0
+    """Everything random follows from it, the step and the sample."""
+
+    trajectory_weight: float = 1.0
+    """Weight of the trajectory loss; 0 leaves it out."""
+    adversarial_weight: float = 0.1
+    """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with teacher and heads."""
+    target: Literal["velocity", "x0"] = "velocity"
+    """What the trajectory loss regresses: the segment's velocity (Eq. 6), or the trajectory's clean end."""
+    gan_loss: Gan = "softplus"
+    """softplus is non-saturating."""
+    heads: Heads = "per-key"
+    """A head for every key, or one for all."""
+    head: Kind = "2d"
+    """Heads that see each frame alone, or also its neighbours."""
+    head_channels: int = 256
+    """Channels inside a head."""
+    head_depth: int = 2
+    """3 x 3 convolutions of a head."""
+    clean_block: str | None = None
+    """Block whose features the clean key's head sees; default: at two thirds of the depth."""
+    noisy_block: str | None = None
+    """Block whose features the noisy keys' heads see; default: the last."""
+    r1_weight: float = 0.0
+    """Weight of the approximate R1 penalty of the heads; 0 leaves it out."""
+    r1_sigma: float = 0.01
+    """Deviation of the noise that the penalty adds to real latents."""
+    queue_length: int = 1
+    """Entries a queue holds before one is popped; with 1 all goes on at once."""
+    keep_queues: bool = True
+    """Go on with the queues of the checkpoint; otherwise they begin empty again."""
+
+    lr: float = 5e-6
+    """Peak learning rate of the student."""
+    head_lr: float = 1e-4
+    """Peak learning rate of the heads."""
+    warmup: int = 20
+    """Iterations until the peak."""
+    decay: Literal["constant", "cosine"] = "constant"
+    """What the learning rates do after it: stay, or fall to 0 at the last iteration."""
+    beta1: float = 0.9
+    """AdamW's, of the student; the heads have 0."""
+    beta2: float = 0.999
+    """AdamW's, of both."""
+    weight_decay: float = 0.0
+    """AdamW's, of both."""
+    clip: float = 1.0
+    """Largest norm of a gradient, of student and heads each."""
+    ema: float = 0.95
+    """Decay of the weights' average over iterations, which is what is validated and exported; 0 keeps none."""
+    lora: int | None = None
+    """Rank of a LoRA student; default: all weights are trained."""
+
+    precision: Precision = "auto"
+    """What is computed in, with float32 masters; auto is bfloat16 where the device multiplies it faster."""
+    checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile each block."""
+
+    validate_every: int = 50
+    """Iterations between validations on the held-out trajectories."""
+    best: str = "validation/rolled/key_0"
+    """The validation figure, the smaller the better, by which the best student is kept."""
+    save_every: int = 50
+    """Iterations between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept."""
+    patience: int = 100
+    """Iterations in a row after which saturated logits, or a head that always wins, are reported."""
+
+    def __post_init__(self) -> None:
+        if fault := self._fault():
+            raise InvalidValueError(fault)
+
+    def _fault(self) -> str:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and not (value >= least and math.isfinite(value)):
+                return f"{name} is {value}; it must be at least {least}"
+        for name in ("lr", "head_lr", "clip", "r1_sigma"):
+            if not 0 < getattr(self, name) < math.inf:
+                return f"{name} is {getattr(self, name)}; it must be a finite number above 0"
+        for name in ("ema", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                return f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+        if self.trajectory_weight == self.adversarial_weight == 0:
+            return "trajectory_weight and adversarial_weight are both 0, so there is nothing to learn; set one of them"
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                return f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}"
+        return ""
+
+    def learning_rate_share(self, iteration: int) -> float:
+        """Of the peak, for an iteration counted from 0: linear warm-up, then as `decay` says."""
+        rising = min(1.0, (iteration + 1) / max(1, self.warmup))
+        if self.decay == "constant" or iteration < self.warmup:
+            return rising
+        done = (iteration - self.warmup) / max(1, self.iterations - self.warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+_LEAST = {
+    "iterations": 1,
+    "batch": 1,
+    "micro_batch": 1,
+    "trajectory_weight": 0,
+    "adversarial_weight": 0,
+    "r1_weight": 0,
+    "queue_length": 1,
+    "warmup": 0,
+    "weight_decay": 0,
+    "lora": 1,
+    "validate_every": 1,
+    "save_every": 1,
+    "keep": 1,
+    "patience": 1,
+}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    name: get_args(hint) for name, hint in get_type_hints(TrainConfig).items() if get_args(hint) and type(None) not in get_args(hint)
+}
+assert tuple(GAN_LOSSES) == get_args(Gan)
+
+# What may differ when a run goes on: how long, what is kept and looked at, how a step is computed; not what it computes.
+FREE = frozenset(
+    "iterations micro_batch keep_queues precision checkpointing compile validate_every save_every keep patience best".split()
+)
+
+
+def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields, of two configurations as dictionaries, in which a run that goes on must agree and does not, with both values."""
+    names = [name for name in {**earlier, **now} if name not in FREE]
+    return [f"{name} {earlier.get(name)}, now {now.get(name)}" for name in names if earlier.get(name) != now.get(name)]
+
+
+FIELDS = tuple(item.name for item in fields(TrainConfig))
