@@ -108,7 +108,7 @@ class World:
         """Spread a network over all processes, in place, each named block a unit that is gathered when it runs.
 
         blocks   module paths in the order they run; what is in none of them is gathered with the whole network
-        master   dtype parameters are kept and updated in, converted block by block; None leaves them as they are
+        master   dtype trainable parameters are kept and updated in, converted block by block; None leaves them as they are
         compute  dtype blocks run in; gradients are added up in float32; None computes in the masters' own
         reshard  free a block's gathered weights after its forward pass and gather them again for the backward pass
         offload  keep the shards in host memory
@@ -116,7 +116,7 @@ class World:
         `compute` is then `precision`'s affair.
         """
         if self.shards is None:
-            return network.to(self.device, master)
+            return _mastered(network.to(self.device), master)
         half = compute is not None and compute != torch.float32
         # Inputs keep their dtype: a timestep in bf16 would be another timestep. The networks cast what they multiply.
         policy = MixedPrecisionPolicy(compute, torch.float32 if half else None, cast_forward_inputs=False)
@@ -126,13 +126,9 @@ class World:
             "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
         for name in blocks:
-            block = network.get_submodule(name)
-            fully_shard(block if master is None else block.to(master), reshard_after_forward=reshard, **kw)
-        if master is not None:
-            for parameter in network.parameters():
-                if not isinstance(parameter, DTensor):
-                    parameter.data = parameter.data.to(master)
-        fully_shard(network, reshard_after_forward=False, **kw)  # what is left is small, and needed at both ends
+            fully_shard(_mastered(network.get_submodule(name), master), reshard_after_forward=reshard, **kw)
+        # What is left is small, and needed at both ends.
+        fully_shard(_mastered(network, master), reshard_after_forward=False, **kw)
         return network
 
     def split_sequence(self, network: Any) -> None:
@@ -194,16 +190,26 @@ class World:
         dist.all_gather(parts, local.contiguous(), self.mesh.get_group("data"))
         return torch.cat(parts)
 
-    def full_state(self, network: nn.Module) -> dict[str, Tensor]:
-        """The network's whole state on the CPU of the main process, {} on the others. All must call it."""
+    def full_state(self, network: nn.Module, trainable: bool = False) -> dict[str, Tensor]:
+        """The network's whole state, or what of it is trained, on the CPU of the main process; {} on the others. All must
+        call it."""
         if self.mesh is None:
-            return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
-        return get_model_state_dict(network, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            frozen = {name for name, p in network.named_parameters() if trainable and not p.requires_grad}
+            return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items() if name not in frozen}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable)
+        return get_model_state_dict(network, options=options)
 
     def barrier(self) -> None:
         """Wait for the others."""
         if self.mesh is not None:
             dist.barrier()
+
+
+def _mastered(network: nn.Module, master: torch.dtype | None) -> nn.Module:
+    for parameter in network.parameters():
+        if master is not None and parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(master)
+    return network
 
 
 def _check_split(size: int, sequence: int) -> None:
