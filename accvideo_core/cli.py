@@ -20,7 +20,8 @@ INTERRUPTED = 130
 
 
 class Command(NamedTuple):
-    """Where a command lives: `module` holds the dataclass `arguments` and `run(arguments) -> exit code`."""
+    """Where a command lives: `module` holds the dataclass `arguments`, `run(arguments) -> exit code`, and where the defaults can
+    lie in a file, `defaults(words) -> arguments or None`."""
 
     module: str
     arguments: str
@@ -36,6 +37,7 @@ COMMANDS = {
     "capture": Command("headless.capture", "CaptureArgs", "a plan's trajectories into a SynVid dataset"),
     "decode": Command("headless.decode", "DecodeArgs", "a SynVid dataset's latents as videos"),
     "queue": Command("comfy_queue", "QueueArgs", "a capture workflow with thousands of prompts, through a running ComfyUI"),
+    "distill": Command("headless.distill", "DistillArgs", "a student from a SynVid dataset, on one device or many"),
     "merge-synvid": Command("synvid.merge", "MergeArgs", "SynVid datasets of one kind joined into one"),
     "evaluate": Command("studies.evaluation", "EvaluateArgs", "how often a model shows what its prompts ask for"),
     "inspect": Command("inspect", "InspectArgs", "what a checkpoint, a LoRA or a dataset is, and whether it is whole and sound"),
@@ -88,10 +90,12 @@ def _run(name: str, words: list[str]) -> int:
 
     command = COMMANDS[name]
     wing = importlib.import_module(f".{command.module}", __package__)
+    defaults = wing.defaults(words) if hasattr(wing, "defaults") else None
     arguments = tyro.cli(
         getattr(wing, command.arguments),
         prog=f"accvideo {name}",
         args=words,
+        **({} if defaults is None else {"default": defaults}),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     with warnings.catch_warnings():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import InvalidValueError
@@ -79,6 +79,8 @@ class TrainConfig:
 
     precision: Precision = "auto"
     """What is computed in, with float32 masters; auto is bfloat16 where the device multiplies it faster."""
+    export_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the exported student is stored in; a LoRA is float32."""
     checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -143,13 +145,16 @@ _LEAST = {
     "patience": 1,
 }
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    name: get_args(hint) for name, hint in get_type_hints(TrainConfig).items() if get_args(hint) and type(None) not in get_args(hint)
+    name: get_args(hint)
+    for name, hint in get_type_hints(TrainConfig).items()
+    if get_args(hint) and type(None) not in get_args(hint)
 }
 assert tuple(GAN_LOSSES) == get_args(Gan)
 
 # What may differ when a run goes on: how long, what is kept and looked at, how a step is computed; not what it computes.
 FREE = frozenset(
-    "iterations micro_batch keep_queues precision checkpointing compile validate_every save_every keep patience best".split()
+    ("iterations", "lr", "head_lr", "r1_weight", "micro_batch", "keep_queues", "precision", "checkpointing", "compile")
+    + ("export_dtype", "validate_every", "best", "save_every", "keep", "patience")
 )
 
 
@@ -157,6 +162,3 @@ def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Fields, of two configurations as dictionaries, in which a run that goes on must agree and does not, with both values."""
     names = [name for name in {**earlier, **now} if name not in FREE]
     return [f"{name} {earlier.get(name)}, now {now.get(name)}" for name in names if earlier.get(name) != now.get(name)]
-
-
-FIELDS = tuple(item.name for item in fields(TrainConfig))

@@ -73,8 +73,8 @@ class Discriminator(nn.Module):
         super().__init__()
         if min(width, keys, channels) < 1 or depth < 0 or (channels > _GROUP and channels % _GROUP):
             raise InvalidValueError(
-                f"heads of {channels} channels and depth {depth} for {keys} keys of width {width}; channels must be a multiple of "
-                f"{_GROUP} or below it, all others at least 1, depth at least 0"
+                f"heads of {channels} channels and depth {depth} for {keys} keys of width {width}; channels must be below "
+                f"{_GROUP} or a multiple of it, all at least 1, depth at least 0"
             )
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(seed)

@@ -57,6 +57,6 @@ def check_finite(norm: float, what: str, iteration: int, key: int) -> None:
     """TrainingError, before a broken step is taken, unless a gradient's norm is finite."""
     if not math.isfinite(norm):
         raise TrainingError(
-            f"the gradient of the {what} became {norm} at iteration {iteration}, key {key}; no weight was changed by it. Go on from "
-            "the last checkpoint with a lower --lr or --head-lr, or in --precision float32"
+            f"the gradient of the {what} became {norm} at iteration {iteration}, key {key}; no weight was changed by it. Go on "
+            "from the last checkpoint with a lower --lr or --head-lr, or in --precision float32"
         )

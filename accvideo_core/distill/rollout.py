@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,16 +52,25 @@ class Queues:
         queue = self._queues[key]
         return queue.popleft() if len(queue) >= self.length else None
 
-    def entries(self) -> dict[str, Entry]:
-        """All there is, by "key.place" with place 0 the oldest."""
-        return {f"{key}.{place}": entry for key, queue in self._queues.items() for place, entry in enumerate(queue)}
+    def __len__(self) -> int:
+        """Entries in all queues."""
+        return sum(map(len, self._queues.values()))
 
-    def restore(self, entries: dict[str, Entry]) -> None:
-        """What `entries` gave, in place of what there is."""
-        for queue in self._queues.values():
+    def state(self, gather: Callable[[Tensor], Tensor] = lambda rows: rows) -> dict[str, Any]:
+        """What a checkpoint keeps: {key: {place, 0 the oldest: {draw, latent}}}. `gather` makes this process's rows those of
+        all processes."""
+        return {
+            str(key): {str(place): {"draw": entry.draw, "latent": gather(entry.latent)} for place, entry in enumerate(queue)}
+            for key, queue in self._queues.items()
+        }
+
+    def restore(self, state: Mapping[str, Any], rows: range, device: torch.device) -> None:
+        """What `state` gave, in place of what there is; of every latent these rows."""
+        for key, queue in self._queues.items():
+            places = state.get(str(key), {})
+            kept = (places[str(place)] for place in range(len(places)))
             queue.clear()
-        for name in sorted(entries, key=lambda name: tuple(map(int, name.split(".")))):
-            self._queues[int(name.split(".")[0])].append(entries[name])
+            queue.extend(Entry(entry["draw"], entry["latent"][rows.start : rows.stop].to(device)) for entry in kept)
 
 
 def keyed_seed(seed: int, what: str, step: int, sample: int) -> int:
@@ -74,23 +84,3 @@ def keyed_noise(like: Tensor, seed: int, what: str, step: int, first: int) -> Te
     on its device. Which process holds a sample changes nothing of it."""
     seeds = [keyed_seed(seed, what, step, first + row) for row in range(like.shape[0])]
     return make_noise(like.shape, seeds).to(like.device)
-
-
-def pack(queues: Queues) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON) for a checkpoint: this process's rows of every entry, and which draw each belongs to."""
-    entries = queues.entries()
-    draws = {name: entry.draw for name, entry in entries.items()}
-    return {name: entry.latent for name, entry in entries.items()}, {
-        "draws": draws,
-        "shapes": {name: list(e.latent.shape[1:]) for name, e in entries.items()},
-    }
-
-
-def unpack(queues: Queues, tensors: dict[str, Tensor], told: dict[str, Any]) -> None:
-    """Fill the queues with what `pack` gave."""
-    queues.restore({name: Entry(draw, tensors[name]) for name, draw in told["draws"].items()})
-
-
-def empty_like(told: dict[str, Any], rows: int, device: torch.device) -> dict[str, Tensor]:
-    """Tensors to load a checkpoint's entries into, of `rows` rows each."""
-    return {name: torch.empty(rows, *shape, device=device) for name, shape in told["shapes"].items()}

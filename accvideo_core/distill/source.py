@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from ..errors import InvalidValueError, SynVidError
+from ..errors import SynVidError
 from ..schedule import get_preset, key_sigmas
 from ..synvid import Batch, Header, SynVidDataset, SynVidSampler
 
@@ -76,8 +76,8 @@ def split(address: str | os.PathLike[str], held_out: int, seed: int = 0) -> tupl
     largest = max(whole.buckets.values(), key=len)
     if held_out >= len(largest):
         raise SynVidError(
-            f"{held_out} of the {len(largest)} samples of shape {whole.samples[largest[0]].shape} in {address} cannot be held out "
-            "for validation; capture more, or hold out fewer"
+            f"{held_out} of the {len(largest)} samples of shape {whole.samples[largest[0]].shape} in {address} cannot be held "
+            "out for validation; capture more, or hold out fewer"
         )
     names = sorted((whole.samples[i].id for i in largest), key=lambda name: _rank(seed, name))
     aside = set(names[:held_out])
@@ -93,8 +93,8 @@ def check_schedule(header: Header) -> None:
     if wanted is None or len(wanted) != len(header.key_sigmas) or _far(wanted, header.key_sigmas):
         told = "with UniPC, at no key sigmas" if wanted is None else f"at sigmas {_listed(wanted)}"
         raise SynVidError(
-            f"the dataset's keys are at sigmas {_listed(header.key_sigmas)}, students of {header.family} are sampled {told}; capture "
-            "with that schedule, or say --any-schedule and sample the student with the dataset's"
+            f"the dataset's keys are at sigmas {_listed(header.key_sigmas)}, students of {header.family} are sampled {told}; "
+            "capture with that schedule, or say --any-schedule and sample the student with the dataset's"
         )
 
 
@@ -108,10 +108,3 @@ def _listed(sigmas: Sequence[float]) -> str:
 
 def _rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(json.dumps([seed, "held out", name]).encode()).digest()
-
-
-def check_share(batch: int, processes: int) -> int:
-    """Rows of a global batch that each of the data-parallel processes has; InvalidValueError if they do not divide."""
-    if batch % processes:
-        raise InvalidValueError(f"a batch of {batch} does not divide among {processes} processes; choose a multiple of it")
-    return batch // processes

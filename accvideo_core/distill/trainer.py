@@ -1,0 +1,364 @@
+"""Distillation: one loop in the order of the paper's Algorithm 1 (AccVideo, arXiv 2503.19462).
+
+The trainer knows the network through an adapter, data through a source, the machine through a world; each can be another.
+Shapes: B batch (this process's rows), C channels, T latent frames, H W latent height and width, N tokens, D width; key k of m.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ..devices import autocast_dtype, synchronize
+from ..errors import InvalidValueError, TrainingError
+from ..files import atomic_path
+from ..synvid import Batch
+from . import state
+from .adapters import Adapter
+from .config import TrainConfig, differences
+from .discriminator import Discriminator
+from .health import Health, check_finite
+from .lora_student import add_lora, export_lora, share_base
+from .losses import GAN_LOSSES, approximate_r1, euler_step, trajectory_loss, x0_loss
+from .memory import explained
+from .parallel import Ema, World
+from .rollout import Entry, Queues, keyed_noise
+from .source import Source
+from .validation import parts, validate
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Observer = Callable[[int, Mapping[str, float]], None]
+"""Called with (iterations done, scalars) after every iteration, in the first process."""
+Show = Callable[[int, Tensor, Tensor], None]
+"""Called with (iterations done, student's clean latents, teacher's) (B, C, T, H, W) at every validation, there too."""
+
+
+class Trainer:
+    """One run. In a sharded world every process makes one, with the same weights.
+
+    student    what is trained: the teacher's weights, or those to go on from; a LoRA student is made of it here
+    teacher    frozen, a network of its own whose features the heads see; None where adversarial_weight is 0
+    source     training data, this process's rows of every draw; config.batch is that of all processes
+    folder     for config.json, checkpoints and exported students; None keeps nothing. A run found there goes on
+    held_out   a source whose draw 0 is validated on, if any
+    observers  see the scalars of every iteration, `show` what the student makes of held-out noise
+    metadata   to be told in exported files, besides configuration and iteration
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        adapter: Adapter,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        source: Source,
+        world: World | None = None,
+        folder: Path | None = None,
+        held_out: Source | None = None,
+        observers: Sequence[Observer] = (),
+        show: Show | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config, self.adapter, self.source, self.held_out, self.folder = config, adapter, source, held_out, folder
+        self.world = world = world or World.start()
+        self.observers, self.show, self.metadata = observers, show, metadata or {}
+        self.rows = world.rows(config.batch)
+        self.micro = min(config.micro_batch or len(self.rows), len(self.rows))
+        self.sigmas = torch.tensor(source.sigmas, device=world.device)
+        self.segments = len(source.sigmas) - 1
+        self.compute = DTYPES.get(config.precision, autocast_dtype(world.device))
+        self.scalars: defaultdict[str, Tensor | float] = defaultdict(float)
+        self.best: float | None = None
+        self.health = Health(config.patience)
+
+        student.requires_grad_(True).train()
+        shared = config.lora is not None and world.size == 1  # then the base stays as it is, and serves the teacher, too
+        if config.lora is not None:
+            add_lora(student, adapter.lora_targets(student), config.lora, config.seed)
+        if shared and teacher is not None:
+            share_base(student, teacher)
+        self.student = self._prepared(student, None if shared else torch.float32)
+        self.trained = [p for p in self.student.parameters() if p.requires_grad]
+        self.optimizer = AdamW(self.trained, config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self.ema = Ema(self.student, config.ema)
+        self.queues = Queues(self.segments, config.queue_length)
+        self.teacher: nn.Module | None = None
+        if config.adversarial_weight:
+            if teacher is None or teacher is student:
+                raise InvalidValueError(
+                    "the adversarial loss needs a teacher of its own beside the student; load its weights twice"
+                )
+            self._add_heads(teacher)
+
+    def _prepared(self, network: nn.Module, master: torch.dtype | None) -> nn.Module:
+        """Checkpointing, compilation, sharding, in this order, block by block."""
+        blocks = self.adapter.block_names(network)
+        self.adapter.set_checkpointing(network, self.config.checkpointing)
+        if self.config.compile:
+            for name in blocks:
+                network.get_submodule(name).compile()
+        self.world.split_sequence(network)
+        return self.world.shard(network, blocks, master, self.compute)
+
+    def _add_heads(self, teacher: nn.Module) -> None:
+        c = self.config
+        clean, noisy = self.adapter.feature_blocks(teacher)
+        self.feature_blocks = [c.clean_block or clean] + [c.noisy_block or noisy] * (self.segments - 1)
+        heads = Discriminator(
+            self.adapter.width(teacher), self.segments, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed
+        )
+        self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
+        self.heads = self.world.shard(heads, [f"heads.{i}" for i in range(len(heads.heads))])
+        self.head_optimizer = AdamW(self.heads.parameters(), c.head_lr, (0.0, c.beta2), weight_decay=c.weight_decay)
+
+    # ---- Algorithm 1 ------------------------------------------------------------------------------------------------------
+
+    def iteration(self, iteration: int) -> None:
+        """Every key once, from the noisiest segment to the cleanest."""
+        self._set_learning_rates(iteration)
+        for key in reversed(range(self.segments)):
+            draw = iteration * self.segments + self.segments - 1 - key
+            batch = self.source.batch(draw, key).to(self.world.device)
+            if self.config.trajectory_weight:
+                self.update_by_trajectory(iteration, draw, key, batch)
+            if self.config.adversarial_weight:
+                if key == self.segments - 1:
+                    noise = keyed_noise(batch.clean, self.config.seed, "noise", draw, self.rows.start)
+                    self.queues.push(self.segments, Entry(draw, noise))
+                entry = self.queues.pop(key + 1)
+                if entry is not None:
+                    self.queues.push(key, self.update_by_heads(iteration, key, entry))
+        self.ema.update(self.student)
+
+    def update_by_trajectory(self, iteration: int, draw: int, key: int, batch: Batch) -> None:
+        """One step of the student on Eq. 6 (or on what takes its place)."""
+        told = self.adapter.conditioning(batch, self.source.guidance)
+        x0 = self.source.batch(draw, 0).clean.to(self.world.device) if self.config.target == "x0" else None
+        for at, share in self._micro_batches():
+            noisy, clean = batch.noisy[at], batch.clean[at]
+            high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
+            velocity = self.velocity(noisy, high, told.rows(at))
+            loss = (
+                x0_loss(velocity, noisy, x0[at], high) if x0 is not None else trajectory_loss(velocity, noisy, clean, high, low)
+            )
+            (self.config.trajectory_weight * share * loss).backward()
+            self._see(f"trajectory/key_{key}", loss, share)
+        self._step(self.optimizer, self.trained, "trajectory", iteration, key)
+
+    def update_by_heads(self, iteration: int, key: int, entry: Entry) -> Entry:
+        """One step of the student on what it makes of a queue's entry, and one of the key's head (Eqs. 7 and 8).
+
+        The entry has no gradient: the student answers for this one Euler step alone. Head and student see the same latents,
+        so their gradients are computed together; the student's step is taken first. Returns the student's latents at `key`.
+        """
+        real = self.source.batch(entry.draw, key).to(self.world.device)
+        told = self.adapter.conditioning(real, self.source.guidance)
+        gan, weight, made = GAN_LOSSES[self.config.gan_loss], self.config.adversarial_weight, []
+        for at, share in self._micro_batches():
+            noisy, text = entry.latent[at], told.rows(at)
+            high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
+            fake = euler_step(noisy, self.velocity(noisy, high, text), high, low)
+            fake_features = self.features(fake, key, text)
+            self.heads.requires_grad_(False)
+            loss = gan.student(self.heads(fake_features, key, self._grid(fake)))
+            (weight * share * loss).backward()
+            self.heads.requires_grad_(True)
+            self._see(f"adversarial/student/key_{key}", loss, share)
+            made.append(fake.detach())
+            self._backward_head(iteration, key, real.clean[at], fake_features.detach(), text, at, share)
+        self._step(self.optimizer, self.trained, "adversarial", iteration, key)
+        self._step(self.head_optimizer, list(self.heads.parameters()), "heads", iteration, key)
+        return Entry(entry.draw, torch.cat(made))
+
+    def _backward_head(
+        self, iteration: int, key: int, real: Tensor, fake_features: Tensor, text: Any, at: slice, share: float
+    ) -> None:
+        grid = self._grid(real)
+        with torch.no_grad():
+            real_features = self.features(real, key, text)
+        real_logits, fake_logits = self.heads(real_features, key, grid), self.heads(fake_features, key, grid)
+        loss = GAN_LOSSES[self.config.gan_loss].head(real_logits, fake_logits)
+        if self.config.r1_weight:
+            step = iteration * self.segments + key
+            noise = keyed_noise(real, self.config.seed, "r1", step, self.rows.start + at.start)
+            with torch.no_grad():
+                features = self.features(real + self.config.r1_sigma * noise, key, text)
+            loss = loss + self.config.r1_weight * approximate_r1(real_logits, self.heads(features, key, grid))
+        (self.config.adversarial_weight * share * loss).backward()
+        self._see(f"adversarial/heads/key_{key}", loss, share)
+        self._see(f"logits/real/key_{key}", real_logits.mean(), share)
+        self._see(f"logits/fake/key_{key}", fake_logits.mean(), share)
+        right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
+        self._see(f"heads/right/key_{key}", right, share)
+
+    def velocity(self, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
+        """The student's, (B, C, T, H, W) float32."""
+        with self.world.precision(self.compute):
+            return self.adapter.velocity(self.student, latent, sigma, conditioning).float()
+
+    def features(self, latent: Tensor, key: int, conditioning: Any) -> Tensor:
+        """(B, N, D): what the frozen teacher sees in latents at a key. Autograd flows through to the latents."""
+        assert self.teacher is not None
+        block, sigma = self.feature_blocks[key], self._levels(key, latent)
+        with self.world.precision(self.compute):
+            return self.adapter.features(self.teacher, latent, sigma, conditioning, block)
+
+    def _step(self, optimizer: Optimizer, parameters: list[nn.Parameter], what: str, iteration: int, key: int) -> None:
+        norm = self.world.clip(parameters, self.config.clip)
+        check_finite(norm, what, iteration, key)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.scalars[f"gradient/{what}/key_{key}"] = norm
+
+    def _micro_batches(self) -> list[tuple[slice, float]]:
+        """(rows, share of this process's batch) of every pass."""
+        count = len(self.rows)
+        return [(at, (at.stop - at.start) / count) for at in parts(count, self.micro)]
+
+    def _levels(self, key: int, latent: Tensor) -> Tensor:
+        return self.sigmas[key].expand(len(latent))
+
+    def _grid(self, latent: Tensor) -> tuple[int, int, int]:
+        assert self.teacher is not None
+        return self.adapter.grid(self.teacher, latent.shape)
+
+    def _see(self, name: str, value: Tensor, share: float) -> None:
+        self.scalars[name] += share * value.detach()
+
+    def _set_learning_rates(self, iteration: int) -> None:
+        share = self.config.learning_rate_share(iteration)
+        self.optimizer.param_groups[0]["lr"] = share * self.config.lr
+        if self.teacher is not None:
+            self.head_optimizer.param_groups[0]["lr"] = share * self.config.head_lr
+
+    # ---- the run around it ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train until `iterations`, from the folder's newest checkpoint if it has one; then export the averaged student.
+
+        Raises TrainingError where the training broke or memory does not suffice, InvalidValueError for a folder with another
+        run, OutputError where the disk refuses. Checkpoints stay whole.
+        """
+        with explained(self.config, self.world):
+            for iteration in range(self.resume(), self.config.iterations):
+                start, done, last = time.perf_counter(), iteration + 1, iteration + 1 == self.config.iterations
+                self.scalars.clear()
+                self.iteration(iteration)
+                scalars = self._report(done, start)
+                if self.held_out is not None and (done % self.config.validate_every == 0 or last):
+                    scalars |= self.validate(done)
+                if self.world.is_main:
+                    for observe in self.observers:
+                        observe(done, scalars)
+                if done % self.config.save_every == 0 or last:
+                    self.save(done)
+        if self.folder is not None:
+            self.export(self.folder / "student.safetensors", self.config.iterations)
+
+    def _report(self, done: int, start: float) -> dict[str, float]:
+        """What is known of an iteration that began at `start`, the mean over all processes."""
+        device = self.world.device
+        scalars = self.world.mean(self.scalars)
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        for key in range(self.segments):
+            ours, theirs = (scalars.get(f"gradient/{what}/key_{key}") for what in ("trajectory", "adversarial"))
+            if ours and theirs is not None:
+                scalars[f"gradient/ratio/key_{key}"] = theirs / ours
+        scalars["lr"] = self.optimizer.param_groups[0]["lr"]
+        scalars["speed/seconds"] = seconds
+        scalars["speed/trajectories"] = self.segments * self.config.batch / seconds
+        if device.type == "cuda":
+            scalars["memory/peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        if self.world.is_main:
+            self.health.look(done, scalars)
+        return scalars
+
+    def validate(self, done: int) -> dict[str, float]:
+        """The averaged student on the held-out trajectories; the best so far by `config.best` is exported."""
+        assert self.held_out is not None
+        held_out = self.held_out
+        with self.ema.swapped(self.student):
+            figures, ours, theirs = validate(
+                self.velocity, lambda b: self.adapter.conditioning(b, held_out.guidance), held_out, self.world.device, self.micro
+            )
+        scalars = self.world.mean(figures)
+        if self.config.best not in scalars:
+            raise InvalidValueError(f"best is {self.config.best!r}; choose one of {', '.join(scalars)}")
+        if self.show is not None and self.world.is_main:
+            self.show(done, ours, theirs)
+        if self.best is None or scalars[self.config.best] < self.best:
+            self.best = scalars[self.config.best]
+            if self.folder is not None:
+                self.export(self.folder / "best.safetensors", done)
+        return scalars
+
+    # ---- what is kept -----------------------------------------------------------------------------------------------------
+
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds, sharded as it is in memory."""
+        kept: dict[str, Any] = {
+            "student": {name: p.detach() for name, p in self.student.named_parameters() if p.requires_grad},
+            "ema": self.ema,
+            "optimizer": state.OptimizerState(self.student, self.optimizer),
+        }
+        if self.teacher is not None:
+            kept |= {"heads": self.heads, "head_optimizer": state.OptimizerState(self.heads, self.head_optimizer)}
+        return kept
+
+    def save(self, done: int) -> None:
+        """A checkpoint after so many iterations."""
+        if self.folder is None:
+            return
+        queues = {"queues": self.queues.state(self.world.gather_rows)}
+        extra = {"best": self.best, "health": self.health.state()}
+        state.save(self.folder / "checkpoints", done, self.parts() | queues, extra, self.config.keep)
+
+    def resume(self) -> int:
+        """Iterations done: those of the folder's newest checkpoint, now restored, or 0. InvalidValueError, before anything is
+        written, if the folder is of a run with another configuration or other data."""
+        if self.folder is None:
+            return 0
+        path, told = self.folder / "config.json", {"config": asdict(self.config), "source": self.source.state()}
+        newest = state.newest(self.folder / "checkpoints")
+        if path.exists():
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            changed = differences(earlier["config"], told["config"]) + differences(earlier["source"], told["source"])
+            if changed:
+                raise InvalidValueError(f"{str(self.folder)!r} holds another run ({'; '.join(changed)}); choose another folder")
+        elif newest is not None:
+            raise TrainingError(f"{str(self.folder)!r} has checkpoints but no config.json; choose another folder")
+        self.world.barrier()  # all have read it before one writes it
+        if self.world.is_main:
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        if newest is None:
+            return 0
+        extra = state.load(newest, self.parts())
+        self.best = extra["best"]
+        self.health.restore(extra["health"])
+        if self.config.keep_queues:
+            self.queues.restore(state.read(newest, "queues"), self.rows, self.world.device)
+        return state.step_of(newest)
+
+    def export(self, path: Path, done: int) -> None:
+        """The averaged student as one safetensors in interchange names; of a LoRA student the LoRA alone."""
+        with self.ema.swapped(self.student):
+            weights = self.world.full_state(self.student)
+        if self.world.is_main:
+            told = {"iteration": str(done), "config": json.dumps(asdict(self.config)), "source": json.dumps(self.source.state())}
+            if self.config.lora is None:
+                dtype = DTYPES[self.config.export_dtype]
+                self.adapter.export({n: w.to(dtype) for n, w in weights.items()}, path, {**self.metadata, **told})
+            else:
+                export_lora(self.adapter, weights, path, {**self.metadata, **told})
+        self.world.barrier()
