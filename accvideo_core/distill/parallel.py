@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..devices import pick_device
@@ -102,16 +102,12 @@ class World:
         blocks: Sequence[str] = (),
         master: torch.dtype | None = None,
         compute: torch.dtype | None = None,
-        reshard: bool = True,
-        offload: bool = False,
     ) -> nn.Module:
-        """Spread a network over all processes, in place, each named block a unit that is gathered when it runs.
+        """Spread a network over all processes, in place, each named block a unit that is gathered when it runs and freed after.
 
         blocks   module paths in the order they run; what is in none of them is gathered with the whole network
         master   dtype trainable parameters are kept and updated in, converted block by block; None leaves them as they are
         compute  dtype blocks run in; gradients are added up in float32; None computes in the masters' own
-        reshard  free a block's gathered weights after its forward pass and gather them again for the backward pass
-        offload  keep the shards in host memory
         Every process must hold the same weights. In a world of one the network is moved to the device and `master`;
         `compute` is then `precision`'s affair.
         """
@@ -122,13 +118,13 @@ class World:
         policy = MixedPrecisionPolicy(compute, torch.float32 if half else None, cast_forward_inputs=False)
         kw: dict[str, Any] = {
             "mesh": self.shards,
+            # What stayed gathered would be stale where weights change between two forward passes, as `Ema.swapped` does.
+            "reshard_after_forward": True,
             "mp_policy": policy,
-            "offload_policy": CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if offload else OffloadPolicy(),
         }
         for name in blocks:
-            fully_shard(_mastered(network.get_submodule(name), master), reshard_after_forward=reshard, **kw)
-        # What is left is small, and needed at both ends.
-        fully_shard(_mastered(network, master), reshard_after_forward=False, **kw)
+            fully_shard(_mastered(network.get_submodule(name), master), **kw)
+        fully_shard(_mastered(network, master), **kw)
         return network
 
     def split_sequence(self, network: Any) -> None:

@@ -12,8 +12,9 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Protocol
 
 import torch
@@ -75,7 +76,8 @@ def save(folder: Path, step: int, parts: Parts, extra: Any = None, keep: int = 3
         _remove_unfinished(folder)
     _wait(distributed)
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=not distributed)
+        with _alone(distributed) as no_dist:
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary), no_dist=no_dist)
     except CheckpointException as failure:
         if main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -112,12 +114,12 @@ def load(checkpoint: Path, parts: Parts) -> Any:
     metadata = reader.read_metadata()
     states = {name: _state(part) for name, part in parts.items()}
     tensors, values = _separate(states)
-    stored = {key: item.size for key, item in metadata.state_dict_metadata.items() if key.split("/")[0] in parts}
-    _compare(checkpoint, {key: tensor.shape for key, tensor in tensors.items()}, stored)
+    stored = {key: item.size for key, item in metadata.state_dict_metadata.items()} | dict.fromkeys(rest["values"])
+    wanted = {key: tensor.shape for key, tensor in tensors.items()} | dict.fromkeys(values)
+    _compare(checkpoint, wanted, {key: size for key, size in stored.items() if key.split("/")[0] in parts})
     _read(tensors, reader, checkpoint)
     for key in values:
-        if key in rest["values"]:
-            _put(states, key, rest["values"][key])
+        _put(states, key, rest["values"][key])
     for name, part in parts.items():
         if not isinstance(part, Mapping):
             part.load_state_dict(states[name])
@@ -198,13 +200,15 @@ def _open(checkpoint: Path) -> tuple[dict[str, Any], dcp.FileSystemReader]:
 def _read(tensors: dict[str, Tensor], reader: dcp.FileSystemReader, checkpoint: Path) -> None:
     distributed = dist.is_available() and dist.is_initialized()
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=not distributed)
+        with _alone(distributed) as no_dist:
+            dcp.load(tensors, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as failure:
         error = next(iter(failure.failures.values()))[0]
         raise CheckpointError(f"{str(checkpoint)!r} cannot be read: {error}") from failure
 
 
-def _compare(checkpoint: Path, wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def _compare(checkpoint: Path, wanted: Mapping[str, torch.Size | None], stored: Mapping[str, torch.Size | None]) -> None:
+    """Shapes by name, None for what is no tensor."""
     problems = [
         *(f"{key} is not in it" for key in wanted if key not in stored),
         *(f"{key} has no place here" for key in stored if key not in wanted),
@@ -221,15 +225,22 @@ def _compare(checkpoint: Path, wanted: Mapping[str, Any], stored: Mapping[str, A
         )
 
 
+def _shape(size: torch.Size | None) -> str:
+    return "no tensor" if size is None else str(tuple(size))
+
+
 class _Metadata(pickle.Unpickler):
     """Reads the index of torch.distributed.checkpoint, a pickle, and refuses all but the few classes it consists of."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("pathlib") and name in _PATHS:
+            return _PATHS[name]  # where it was written; a system cannot make another's own paths
         if (module, name) not in _KNOWN:
             raise CheckpointError(f"a checkpoint's index may not hold {module}.{name}; this one comes from elsewhere")
         return super().find_class(module, name)
 
 
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
 _DCP = "torch.distributed.checkpoint"
 _KNOWN = {
     *((f"{_DCP}.metadata", name) for name in ("Metadata", "StorageMeta", "TensorStorageMetadata", "TensorProperties")),
@@ -275,6 +286,14 @@ def _remove(checkpoint: Path) -> None:
 def _remove_unfinished(folder: Path) -> None:
     for left in folder.glob(".step_*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(distributed: bool) -> Iterator[bool]:
+    """Whether this process is the only one, which torch must be told and warns of all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield not distributed
 
 
 def _wait(distributed: bool) -> None:
