@@ -151,11 +151,10 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 assert tuple(GAN_LOSSES) == get_args(Gan)
 
-# What may differ when a run goes on: how long, what is kept and looked at, how a step is computed; not what it computes.
-FREE = frozenset(
-    ("iterations", "lr", "head_lr", "r1_weight", "micro_batch", "keep_queues", "precision", "checkpointing", "compile")
-    + ("export_dtype", "validate_every", "best", "save_every", "keep", "patience")
-)
+# What may differ when a run goes on: how long, how fast, how a step is computed, what is kept; not what is learned.
+_HOW = frozenset(("iterations", "lr", "head_lr", "r1_weight", "micro_batch", "precision", "checkpointing", "compile"))
+_KEPT = frozenset(("keep_queues", "export_dtype", "validate_every", "best", "save_every", "keep", "patience"))
+FREE = _HOW | _KEPT
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -43,7 +43,7 @@ class Head(nn.Module):
         t, h, w = grid
         if features.shape[1] != t * h * w:
             raise InvalidValueError(f"{features.shape[1]} tokens do not make a grid of {t} x {h} x {w}; give the network's grid")
-        tokens = layer_norm(features.to(self.layers[0].weight.dtype), features.shape[-1:])
+        tokens = layer_norm(features.to(next(self.parameters()).dtype), features.shape[-1:])
         if self.flat:
             return rearrange(
                 self.layers(rearrange(tokens, "b (t h w) d -> (b t) d h w", t=t, h=h, w=w)), "(b t) 1 h w -> b t h w", t=t

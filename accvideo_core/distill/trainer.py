@@ -113,6 +113,8 @@ class Trainer:
         c = self.config
         clean, noisy = self.adapter.feature_blocks(teacher)
         self.feature_blocks = [c.clean_block or clean] + [c.noisy_block or noisy] * (self.segments - 1)
+        for block in self.feature_blocks:
+            self.adapter.check_block(teacher, block)
         heads = Discriminator(
             self.adapter.width(teacher), self.segments, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed
         )

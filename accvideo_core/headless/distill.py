@@ -61,7 +61,8 @@ class DistillArgs(TrainConfig):
     sequence: int = 1
     """Processes that share each sample's tokens, for videos too long for one GPU."""
     vae: str | None = None
-    """VAE for contact sheets: a folder, or tiny; default: the bundled one for its own family, else latents as colours."""
+    """VAE for contact sheets: a folder, tiny, or none, which shows latents as colours; default: tiny for its own family, else
+    none."""
     tensorboard: bool = True
     """Write scalars and contact sheets for TensorBoard."""
     log_every: int = 10
@@ -173,8 +174,8 @@ def _reporting(
         observers.append(board)
     if held_out is None:
         return observers, None
-    where = args.vae or (BUNDLED if family == "tiny" else None)
-    decode = None if where is None else load_vae(where, world.device).decode
+    where = args.vae or (BUNDLED if family == "tiny" else "none")
+    decode = None if where == "none" else load_vae(where, world.device).decode
     labels = labels_of(held_out.batch(0, 0).ids, held_out.prompts)
 
     def show(done: int, student: Tensor, teacher: Tensor) -> None:

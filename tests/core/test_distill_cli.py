@@ -1,0 +1,193 @@
+"""`accvideo distill`: from prompts to a student on the tiny world; files of configuration; what it refuses, by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from accvideo_core import cli
+from accvideo_core.checkpoint import load_student
+from accvideo_core.distill.adapters import HunyuanAdapter
+from accvideo_core.distill.source import SynVidSource, split
+from accvideo_core.errors import AccVideoWarning, SynVidError
+from accvideo_core.sampling import few_step, make_noise
+from accvideo_core.schedule import PRESETS
+from accvideo_core.synvid import Header, SynVidDataset
+from tests.distill_data import EXPORTABLE, network
+from tests.synvid_data import HEADER, dataset, latent_files
+
+SMALL = ["--batch", "2", "--iterations", "2", "--held-out", "2", "--vae", "none", "--head-channels", "8", "--device", "cpu"]
+SMALL += ["--save-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    HunyuanAdapter("tiny").export(network(EXPORTABLE).state_dict(), path)
+    return path
+
+
+def header(teacher: Path, **changed: Any) -> Header:
+    adapter = HunyuanAdapter("tiny")
+    return replace(Header.of("tiny", adapter.fingerprint(adapter.load(teacher)), steps=10, segments=5), **changed)
+
+
+@pytest.fixture(scope="module")
+def captured(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("captured")
+    dataset(path, 8, header=header(teacher))
+    return path
+
+
+def words(data: Path, out: Path, teacher: Path, *more: str) -> list[str]:
+    return ["distill", "--dataset", str(data), "--out", str(out), "--teacher", str(teacher), *SMALL, *more]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_from_prompts_to_a_student_of_the_tiny_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bundled teacher, captured, distilled, sampled: what the documentation says, as small as it goes."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball moving left\na blue box\na triangle on a grey background\na snowy disc\n")
+    plan, data, out = tmp_path / "plan", tmp_path / "data", tmp_path / "run"
+    for line in (
+        f"encode {prompts} -o {plan} --device cpu",
+        f"capture --plan {plan} -o {data} --batch 4 --device cpu",
+        f"distill --dataset {data} -o {out} --iterations 1 --batch 2 --held-out 2 --head-channels 16 --device cpu",
+        f"generate ball --student {out / 'student.safetensors'} -o {tmp_path / 'a.mp4'} --device cpu",
+    ):
+        assert cli.main(line.split()) == 0, capsys.readouterr().err
+    assert {"config.json", "student.safetensors", "best.safetensors", "sheets/iteration-000001.png"} <= files(out)
+    assert any(name.startswith("tensorboard/events") for name in files(out)) and (tmp_path / "a.mp4").stat().st_size > 0
+    assert "iteration 1/1  trajectory 0." in capsys.readouterr().out
+
+
+def test_a_run_writes_what_it_says_and_goes_on(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main([*words(captured, out, teacher), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["iterations"] == 2 and told["student"] == str(out / "student.safetensors")
+    with safe_open(told["student"], framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["iteration"] == "2" and json.loads(metadata["config"])["batch"] == 2
+    assert metadata["dataset"] == split(captured, 2)[0].digest and metadata["teacher"] == header(teacher).fingerprint
+    student = load_student(told["student"], dtype=torch.float32)
+    assert not torch.equal(student.img_in.proj.weight, network(EXPORTABLE).img_in.proj.weight)
+    text = SynVidSource(SynVidDataset(captured), 1).batch(0, 0).conditioning(6.0)
+    clean = few_step(lambda x, s: student(x, s, text), make_noise((1, 4, 2, 4, 6), [0]), PRESETS["tiny"])
+    assert clean.isfinite().all()
+    assert cli.main([*words(captured, out, teacher, "--iterations", "3"), "--log-every", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("iteration 3/3") and files(out) >= {"checkpoints/step_00000003/state.json"}
+    assert not any("step_00000001" in name for name in files(out))  # the last two are kept
+
+
+def test_values_come_from_the_file_and_the_command_line_overrides_them(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = {"dataset": str(captured), "out": str(tmp_path / "run"), "teacher": str(teacher), "lr": 3e-4, "checkpointing": True}
+    toml, as_json = tmp_path / "run.toml", tmp_path / "run.json"
+    toml.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in written.items()))
+    as_json.write_text(json.dumps(written | {"out": str(tmp_path / "other"), "lora": None}))
+    short = [*SMALL, "--json", "--no-tensorboard", "--held-out", "0", "--adversarial-weight", "0"]
+    assert cli.main(["distill", "--config", str(toml), *short]) == 0, capsys.readouterr().err
+    assert cli.main(["distill", f"--config={as_json}", *short, "--lr", "2e-4", "--no-checkpointing"]) == 0
+    settings = [json.loads((tmp_path / run / "config.json").read_text())["config"] for run in ("run", "other")]
+    assert [s["lr"] for s in settings] == [3e-4, 2e-4] and [s["checkpointing"] for s in settings] == [True, False]
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("lr = = 1", "cannot read the configuration"),
+        ("learning = 1", "there is nothing named learning to choose"),
+        ("checkpoint = true", "did you mean 'checkpointing'"),
+        ("compile = 1", "compile is 1; it must be true or false"),
+        ("batch = 'many'", "batch"),
+        ("batch = 0", "batch is 0"),
+        ("betas = [1, 2]", "plain values"),
+    ],
+)
+def test_a_bad_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str) -> None:
+    (tmp_path / "run.toml").write_text(content)
+    assert cli.main(["distill", "--config", str(tmp_path / "run.toml")]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["distill", "--dataset", "here"]) == 2
+    assert "a run needs a dataset and a folder" in capsys.readouterr().err
+    assert cli.main(["distill", "--config", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changed, more, said",
+    [
+        ({"fingerprint": "a" * 64}, [], "the teacher at hand is"),
+        ({"family": "wan-t2v-14b", "guidance": None}, ["--any-schedule"], "of the family wan-t2v-14b, the network is of tiny"),
+        ({"guidance": None}, [], "their embedded guidance is None"),
+        ({}, ["--batch", "7"], "make no batch of 7"),
+        ({}, ["--held-out", "8"], "8 of the 8 samples"),
+        ({}, ["--clean-block", "single_blocks.9"], "no block named single_blocks.9"),
+    ],
+)
+def test_a_dataset_that_does_not_fit_is_refused_before_anything_is_written(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], more: list[str], said: str
+) -> None:
+    dataset(tmp_path / "data", 8, header=header(teacher, **changed))
+    assert cli.main([*words(tmp_path / "data", tmp_path / "run", teacher), *more]) in (1, 2)
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_schedule_is_refused_unless_it_is_wanted(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset(tmp_path / "data", 8, header=replace(HEADER, fingerprint=header(teacher).fingerprint))
+    command = words(tmp_path / "data", tmp_path / "run", teacher, "--no-tensorboard")
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "at sigmas 1, 0.875, 0, students of tiny are sampled at sigmas 1, 0.9655" in said and "--any-schedule" in said
+    assert cli.main([*command, "--any-schedule"]) == 0
+
+
+def test_an_empty_dataset_and_a_truncated_file_are_named(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset(tmp_path / "none", 0, header=header(teacher))
+    assert cli.main(words(tmp_path / "none", tmp_path / "run", teacher)) == 1
+    assert "holds no whole samples" in capsys.readouterr().err
+    dataset(tmp_path / "cut", 8, batch=2, header=header(teacher))
+    broken = latent_files(tmp_path / "cut")[0]
+    broken.write_bytes(broken.read_bytes()[:-10])
+    with pytest.warns(AccVideoWarning, match="is left out"):
+        training, _ = split(tmp_path / "cut", 0)
+    assert len(training) == 6
+
+
+def test_held_out_samples_are_never_trained_on_and_hang_on_the_seed_alone(captured: Path) -> None:
+    def ids(data: SynVidDataset | None) -> set[str]:
+        assert data is not None
+        return {sample.id for sample in data.samples}
+
+    (training, aside), (again, aside_again), (_, other) = split(captured, 3), split(captured, 3), split(captured, 3, seed=1)
+    assert ids(aside) == ids(aside_again) != ids(other) and ids(training) == ids(again)
+    assert not ids(training) & ids(aside) and len(ids(training)) == 5
+    source = SynVidSource(training, 2)
+    assert source.batch(3, 0).ids == source.batch(3, 4).ids and set(source.batch(3, 0).keys) == {0}
+    shares = [SynVidSource(training, 2, rank=rank, world=2).batch(3, 1) for rank in (0, 1)]
+    assert tuple(share.ids[0] for share in shares) == source.batch(3, 1).ids
+    with pytest.raises(SynVidError, match="cannot be held out"):
+        split(captured, 8)
