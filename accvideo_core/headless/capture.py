@@ -9,6 +9,7 @@ import json as json_module
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,8 +17,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from ..checkpoint.fingerprint import fingerprint
 from ..devices import pick_device
+from ..distill.adapters import adapter_for
 from ..errors import InvalidValueError
 from ..lora.streaming import sha256_of
 from ..schedule import get_preset
@@ -25,7 +26,7 @@ from ..synvid import Header, SynVidStore
 from ..synvid.capture import capture, leave_together, my_share
 from ..synvid.plan import Plan
 from ..synvid.reader import HEADER
-from .models import BUNDLED, Precision, check_fits, find_network, load_network
+from .models import BUNDLED, Precision, find_network, load_network
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class CaptureArgs:
     full: bool = False
     """Keep the latent after every step, not the key latents alone."""
     shift: float | None = None
-    """Time shift of the schedule; default 7."""
+    """Time shift of the schedule; default 7, for Wan 5."""
     guidance: float | None = None
-    """Embedded guidance; default 6."""
+    """Embedded guidance; default 6, for Wan, which embeds none, none."""
+    cfg: float | None = None
+    """Classifier-free guidance, which doubles the time; 1 is off. Default 1, for Wan 5."""
+    negative: str | None = None
+    """The negative prompt for cfg, encoded in the plan (accvideo encode --negative); by default the one the plan has."""
     store_noise: bool = False
     """Keep the noise in the files, instead of making it again from its seed."""
     latents: Literal["float16", "float32"] = "float16"
@@ -68,33 +73,41 @@ def run(args: CaptureArgs) -> int:
         raise InvalidValueError("--full keeps the latent after every step; leave out --keys")
     plan, device = Plan(args.plan), _device(args.device)
     file, family = find_network(args.teacher, "teacher")
-    network = load_network(file, device, args.dtype)
-    preset = get_preset(family)
+    adapter, preset = adapter_for(family), get_preset(family)
+    cfg = preset.teacher_cfg if args.cfg is None else args.cfg
+    negative = _negative(plan, cfg, args.negative)
+    network = load_network(adapter, file, device, args.dtype)
     steps = preset.teacher_steps if args.steps is None else args.steps
     new = not (args.out / HEADER).exists()
     header = Header.of(
         family,
-        fingerprint(network.state_dict().items()),
+        adapter.fingerprint(network),
         steps,
         steps if args.full else (preset.keys or 5) if args.keys is None else args.keys,
         preset.shift if args.shift is None else args.shift,
-        None if network.guidance_in is None else preset.guidance if args.guidance is None else args.guidance,
+        adapter.guidance(network, args.guidance),
+        cfg=cfg,
+        negative=negative,
+        negative_text=None if negative is None else plan.negatives[negative],
         dtype=args.latents,
         store_noise=args.store_noise,
         teacher=file.name,
         file_sha256=sha256_of([file]) if new and file.is_file() else None,
     )
+    encoded = None if negative is None else plan.text(plan.negatives[negative])
     store = SynVidStore(args.out, header)
     items, rank = my_share(plan, store), int(os.environ.get("RANK", 0))
-    if items:
-        check_fits(network, plan.text(items[0].text))
+    for text in [plan.text(items[0].text), encoded] if items else []:
+        if text is not None:
+            adapter.check_text(network, *text)
+    run_network = partial(adapter.velocity, network)
     quiet = args.json or rank > 0
     with tqdm(total=len(items), desc="capturing", unit="trajectory", smoothing=0, disable=quiet, leave=False) as bar:
 
         def progress(count: int) -> None:
             bar.update(count)
 
-        faults = capture(network, plan, items, store, args.batch, device, progress)
+        faults = capture(run_network, plan, items, store, args.batch, device, progress, adapter.conditioning, encoded)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     captured = len(items) - len(faults)
@@ -104,6 +117,22 @@ def run(args: CaptureArgs) -> int:
         print(f"{args.out}: {captured} trajectories captured by process {rank}, {len(faults)} left out")
     leave_together()
     return 1 if faults else 0
+
+
+def _negative(plan: Plan, cfg: float, asked: str | None) -> str | None:
+    """The negative prompt for this cfg, one of the plan's; None without cfg."""
+    if cfg == 1:
+        if asked is not None:
+            raise InvalidValueError("--negative is given, but cfg is 1, which uses none; leave it out, or set --cfg")
+        return None
+    found = list(plan.negatives) if asked is None else [prompt for prompt in plan.negatives if prompt == asked]
+    if len(found) != 1:
+        which = "" if asked is None else f", {len(found)} of them {asked[:40]!r}"
+        raise InvalidValueError(
+            f"cfg is {cfg:g} and needs a negative prompt, but the plan has {len(plan.negatives)}{which}; "
+            "encode one (accvideo encode PROMPTS -o PLAN --negative TEXT), or choose one by --negative, or set --cfg 1"
+        )
+    return found[0]
 
 
 def _device(name: str) -> torch.device:

@@ -18,7 +18,7 @@ from ..synvid.plan import Plan
 from ..synvid.prompts import read_prompts
 from ..synvid.wanted import wanted_samples
 from ..tiny.pipeline import latent_shape
-from .models import BUNDLED, SIZES, Precision, load_text
+from .models import BUNDLED, SIZES, Precision, load_text, text_family
 
 
 @dataclass(frozen=True)
@@ -31,35 +31,40 @@ class EncodeArgs:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The plan's folder."""
     text_encoder: str = BUNDLED
-    """tiny for the bundled one, or the folder of HunyuanVideo's two (text_encoder, text_encoder_2)."""
+    """tiny for the bundled one, or the folder of HunyuanVideo's two (text_encoder, text_encoder_2) or of Wan's."""
     frames: int | None = None
-    """Frames of the videos, 4n+1; default 93, of the tiny world 17."""
+    """Frames of the videos, 4n+1; default 93, for Wan 81, of the tiny world 17."""
     height: int | None = None
-    """Their height in pixels, a multiple of 16; default 544, of the tiny world 64."""
+    """Their height in pixels, a multiple of 16; default 544, for Wan 480, of the tiny world 64."""
     width: int | None = None
-    """Their width in pixels, a multiple of 16; default 960, of the tiny world 64."""
+    """Their width in pixels, a multiple of 16; default 960, for Wan 832, of the tiny world 64."""
     seeds: int = 1
     """Trajectories of each prompt, each from its own noise; a prompt that names its seed has that one alone."""
     seed: int = 0
     """Another number gives every prompt other noise."""
+    negative: str | None = None
+    """A negative prompt to keep in the plan, for a teacher with classifier-free guidance; '' is the empty one."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     dtype: Precision = "auto"
-    """Precision of HunyuanVideo's text encoders; auto is float16, on a CPU float32."""
+    """Precision of the released text encoders; auto is float16, for Wan bfloat16, on a CPU float32."""
     json: bool = False
     """Print what was done as JSON."""
 
 
 def run(args: EncodeArgs) -> int:
     """Write the plan and print how many samples it has; 1 if a prompt could not be encoded, and the others are in it."""
-    size = SIZES["tiny" if args.text_encoder == BUNDLED else "hunyuan-t2v"]
+    size = SIZES[text_family(args.text_encoder)]
     given = (args.frames, args.height, args.width)
     shape = latent_shape(*(own if own is not None else usual for own, usual in zip(given, size, strict=False)))
     prompts, plan = read_prompts(args.prompts), Plan(args.out, create=True)
     wanted = [it for it in wanted_samples(prompts, shape, args.seeds, args.seed) if it.id not in plan.items]
-    encoder = load_text(args.text_encoder, pick_device(args.device), args.dtype) if wanted else None
+    new_negative = args.negative is not None and args.negative not in plan.negatives
+    encoder = load_text(args.text_encoder, pick_device(args.device), args.dtype) if wanted or new_negative else None
+    if encoder is not None and args.negative is not None and new_negative:
+        plan.add_negative(args.negative, *encoder.encode(args.negative))
     faults = []
-    encoded: dict[str, tuple[Tensor, Tensor]] = {}
+    encoded: dict[str, tuple[Tensor, Tensor | None]] = {}
     for it in tqdm(wanted, desc="encoding", unit="sample", disable=args.json, leave=False):
         assert encoder is not None
         try:

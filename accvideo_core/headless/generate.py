@@ -20,15 +20,16 @@ from tqdm import tqdm
 
 from .. import __version__
 from ..devices import pick_device, synchronize
+from ..distill.adapters import adapter_for
 from ..errors import InvalidValueError, PromptError
 from ..files import check_writable
 from ..media import upscale, write_mp4
 from ..sampling import Step, euler_flow, make_noise
 from ..schedule import get_preset
-from ..synvid.capture import stack_texts
+from ..synvid.capture import Encoding, pad_texts
 from ..tiny import Which
 from ..tiny.pipeline import latent_shape
-from .models import BUNDLED, SIZES, Precision, check_fits, find_network, load_network, load_text, load_vae
+from .models import BUNDLED, SIZES, Precision, find_network, load_network, load_text, load_vae
 
 T = TypeVar("T")
 
@@ -120,6 +121,8 @@ def run(args: GenerateArgs) -> int:
 
 
 def _check_same_world(args: GenerateArgs, family: str) -> None:
+    if (solver := get_preset(family).solver) != "euler":
+        raise InvalidValueError(f"{args.student} is of the family {family}, sampled with {solver}; generate with it in ComfyUI")
     parts = {"--student": family == "tiny", "--text-encoder": args.text_encoder == BUNDLED, "--vae": args.vae == BUNDLED}
     bundled = [part for part, tiny in parts.items() if tiny]
     if 0 < len(bundled) < len(parts):
@@ -129,23 +132,22 @@ def _check_same_world(args: GenerateArgs, family: str) -> None:
         )
 
 
-def _encode(args: GenerateArgs, timed: Stopwatch) -> tuple[Tensor, Tensor]:
+def _encode(args: GenerateArgs, timed: Stopwatch) -> Encoding:
     encoder = timed("loading text encoder", lambda: load_text(args.text_encoder, timed.device))
     return timed("text", lambda: encoder.encode(args.prompt))
 
 
 def _sample(
-    args: GenerateArgs, file: Path, family: str, text: tuple[Tensor, Tensor], noise: Tensor, sigmas: Tensor, timed: Stopwatch
+    args: GenerateArgs, file: Path, family: str, text: Encoding, noise: Tensor, sigmas: Tensor, timed: Stopwatch
 ) -> Tensor:
     precision: Precision = "float32" if args.dtype == "auto" and family == "tiny" else args.dtype
-    network = timed("loading network", lambda: load_network(file, timed.device, precision))
-    check_fits(network, text)
-    guidance = get_preset(family).guidance if args.guidance is None else args.guidance
-    conditioning = stack_texts([text], None if network.guidance_in is None else guidance).to(timed.device)
+    adapter = adapter_for(family)
+    network = timed("loading network", lambda: load_network(adapter, file, timed.device, precision))
+    adapter.check_text(network, *text)
+    conditioning = adapter.conditioning(pad_texts([text]), adapter.guidance(network, args.guidance)).to(timed.device)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        predicted: Tensor = network(x, sigma, conditioning)
-        return predicted
+        return adapter.velocity(network, x, sigma, conditioning)
 
     with tqdm(total=len(sigmas) - 1, desc="sampling", unit="step", disable=args.json, leave=False) as bar, torch.inference_mode():
 

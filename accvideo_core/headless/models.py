@@ -8,13 +8,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import tiny
-from ..checkpoint import load_student, open_checkpoint
-from ..dit import HunyuanVideoDiT
-from ..errors import CheckpointError
-from ..synvid.text_encoders import HunyuanText, TextEncoder
+from ..checkpoint import open_checkpoint
+from ..distill.adapters import Adapter
+from ..synvid.text_encoders import HunyuanText, TextEncoder, WanText, kind_of
 from ..synvid.video_vae import HunyuanVAE, VideoVAE
 from ..tiny.clips import FPS, FRAMES, SIZE
 from ..tiny.vae import LATENT_SCALE, to_pixels
@@ -33,7 +32,11 @@ class Size(NamedTuple):
     fps: int
 
 
-SIZES = {"tiny": Size(FRAMES, SIZE, SIZE, FPS), "hunyuan-t2v": Size(93, 544, 960, 24)}
+SIZES = {
+    "tiny": Size(FRAMES, SIZE, SIZE, FPS),
+    "hunyuan-t2v": Size(93, 544, 960, 24),
+    "wan-t2v-14b": Size(81, 480, 832, 16),
+}
 
 
 class TinyText:
@@ -59,10 +62,22 @@ class BundledVAE:
         return to_pixels(self._vae.decode(latent[None].to(self._device, torch.float32) / LATENT_SCALE))[0]
 
 
+def text_family(where: str) -> str:
+    """The family that a text encoder belongs to: the bundled one, or the released ones in a folder."""
+    if where == BUNDLED:
+        return "tiny"
+    return "wan-t2v-14b" if kind_of(Path(where) / "text_encoder") == "umt5" else "hunyuan-t2v"
+
+
 def load_text(where: str, device: torch.device, dtype: Precision = "auto") -> TextEncoder:
-    """The text encoder(s): the bundled one (always float32), or HunyuanVideo's in a folder ("auto" as the official code:
-    float16, on a CPU float32)."""
-    return TinyText(device) if where == BUNDLED else HunyuanText.load(where, device, _dtype(dtype, device, torch.float16))
+    """The text encoder(s): the bundled one (always float32), or HunyuanVideo's or Wan's in a folder ("auto" as the official
+    code: float16, Wan's bfloat16, on a CPU float32)."""
+    family = text_family(where)
+    if family == "tiny":
+        return TinyText(device)
+    if family == "wan-t2v-14b":
+        return WanText.load(where, device, _dtype(dtype, device, torch.bfloat16))
+    return HunyuanText.load(where, device, _dtype(dtype, device, torch.float16))
 
 
 def load_vae(where: str, device: torch.device, dtype: Precision = "auto", tiled: bool = True) -> VideoVAE:
@@ -80,20 +95,9 @@ def find_network(where: str, which: tiny.Which) -> tuple[Path, str]:
         return path, checkpoint.family
 
 
-def load_network(path: Path, device: torch.device, dtype: Precision = "auto") -> HunyuanVideoDiT:
+def load_network(adapter: Adapter, path: Path, device: torch.device, dtype: Precision = "auto") -> nn.Module:
     """The network in a file, without gradients ("auto": bfloat16, on a CPU float32)."""
-    return load_student(path, device, _dtype(dtype, device, torch.bfloat16)).requires_grad_(False)
-
-
-def check_fits(network: HunyuanVideoDiT, text: tuple[Tensor, Tensor | None]) -> None:
-    """CheckpointError unless a prompt's encoding has the widths that the network takes."""
-    widths = text[0].shape[-1], None if text[1] is None else text[1].shape[-1]
-    wanted = network.config.text_dim, network.config.pooled_dim
-    if widths != wanted:
-        raise CheckpointError(
-            f"the text is {widths[0]} wide and pooled {widths[1]}, but the network takes {wanted[0]} and {wanted[1]}; encode the "
-            "prompts with the text encoder the network was made for"
-        )
+    return adapter.load(path, device, _dtype(dtype, device, torch.bfloat16)).requires_grad_(False)
 
 
 def _dtype(name: Precision, device: torch.device, usual: torch.dtype) -> torch.dtype:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from torch import Tensor
 from ..devices import synchronize
 from ..dit import Conditioning
 from ..errors import InvalidValueError, SynVidError
-from ..sampling import Step, euler_flow, make_noise
+from ..sampling import Step, Velocity, euler_flow, make_noise
 from ..schedule import key_indices
 from .manifest import SampleInfo
 from .plan import Plan, PlanItem
@@ -29,7 +30,33 @@ WAITING = 2  # batches that may wait for the disk; then sampling does, too, inst
 MAX_FAULTS = 10  # samples that may fail before a capture gives up
 _PATIENCE = timedelta(days=365)  # of the first process to be done, for the last
 
-Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+Encoding = tuple[Tensor, Tensor | None]
+"""A prompt's text (L, D) at its valid length and its pooled vector (P,), or None for a model without it."""
+
+
+class Texts(Protocol):
+    """Encoded prompts of a batch, as `pad_texts` and `dataset.Batch` have them: text (B, L, D) filled up with zeros, mask (B, L)
+    bool with the valid tokens first, or None where all are, pooled (B, P) or None."""
+
+    @property
+    def text(self) -> Tensor: ...
+    @property
+    def mask(self) -> Tensor | None: ...
+    @property
+    def pooled(self) -> Tensor | None: ...
+
+
+class PaddedTexts(NamedTuple):
+    """`Texts` of their own, without a batch's latents."""
+
+    text: Tensor
+    mask: Tensor | None
+    pooled: Tensor | None
+
+
+Condition = Callable[[Texts, float | None], Any]
+"""(texts, guidance in plain scale) -> what the network is told, which has `.to(device)`."""
 
 
 class KeyLatents:
@@ -83,18 +110,30 @@ def capture(
     batch: int = 1,
     device: torch.device | str = "cpu",
     progress: Callable[[int], None] | None = None,
+    condition: Condition | None = None,
+    negative: Encoding | None = None,
 ) -> list[str]:
-    """Sample the items with the store's schedule and guidance and commit them, a file for every batch.
+    """Sample the items with the store's schedule, guidance and cfg and commit them, a file for every batch.
 
-    network   (latent (B, C, T, H, W) float32, sigma (B,), conditioning) -> velocity, on `device`
-    batch     samples at a time; those of one batch have one shape
-    progress  called with the number of samples just committed
+    network    (latent (B, C, T, H, W) float32, sigma (B,), conditioning) -> velocity, on `device`
+    batch      samples at a time; those of one batch have one shape
+    progress   called with the number of samples just committed
+    condition  makes the conditioning of a batch's texts; by default HunyuanVideo's
+    negative   encoding of the header's negative prompt, for a cfg other than 1; it is stored in the dataset, too
     Returns what was wrong with the samples that had to be left out, a sentence each that names one: NaN, or beyond float16.
     Raises SynVidError once there are more than 10 of those, OutputError where the disk refuses; what was committed stays.
     """
     if batch < 1:
         raise InvalidValueError(f"batch is {batch}; it must be at least 1")
+    if (store.header.cfg != 1) != (negative is not None):
+        raise InvalidValueError(
+            f"cfg is {store.header.cfg:g} and {'no' if negative is None else 'an'} encoded negative prompt is given; a cfg other "
+            "than 1 needs one, and cfg 1 none"
+        )
     device = torch.device(device)
+    condition = condition or conditioning_of
+    if negative is not None:
+        store.put_text(*negative)
     faults: list[str] = []
     pending: deque[tuple[int, Future[list[str]]]] = deque()
 
@@ -111,7 +150,7 @@ def capture(
     with ThreadPoolExecutor(1, "synvid-writer") as writer:  # leaving waits for what is being written
         for group in batches(items, batch):
             texts = [plan.text(item.text) for item in group]
-            keys, noise, seconds = trajectory(network, store, texts, group, device)
+            keys, noise, seconds = trajectory(network, condition, store, texts, negative, group, device)
             settle(WAITING - 1)
             pending.append((len(group), writer.submit(_write, store, keys, noise, group, texts, seconds / len(group))))
         settle(0)
@@ -121,41 +160,66 @@ def capture(
 @torch.inference_mode()
 def trajectory(
     network: Network,
+    condition: Condition,
     store: SynVidStore,
-    texts: Sequence[tuple[Tensor, Tensor | None]],
+    texts: Sequence[Encoding],
+    negative: Encoding | None,
     items: Sequence[PlanItem],
     device: torch.device,
 ) -> tuple[list[Tensor], Tensor, float]:
     """(key 0 .. m-1, noise, seconds) of one batch."""
     header = store.header
-    conditioning = stack_texts(texts, header.guidance).to(device)
+
+    def velocity_for(texts: Sequence[Encoding]) -> Velocity:
+        told = condition(pad_texts(texts), header.guidance).to(device)
+        return lambda latent, sigma: network(latent, sigma, told)
+
+    velocity = velocity_for(texts)
+    if negative is not None:
+        velocity = with_cfg(velocity, velocity_for([negative] * len(texts)), header.cfg)
     noise = make_noise((len(items), *items[0].shape), [item.seed for item in items])
     keys = KeyLatents(len(header.sigmas) - 1, header.segments)
     start = time.perf_counter()
-    euler_flow(lambda x, sigma: network(x, sigma, conditioning), noise.to(device), torch.tensor(header.sigmas), [keys])
+    euler_flow(velocity, noise.to(device), torch.tensor(header.sigmas), [keys])
     synchronize(device)
     return keys.latents(), noise, time.perf_counter() - start
 
 
-def stack_texts(texts: Sequence[tuple[Tensor, Tensor | None]], guidance: float | None) -> Conditioning:
-    """Conditioning of a batch from each prompt's text (L, D) and pooled vector (P,); guidance in plain scale.
+def with_cfg(positive: Velocity, negative: Velocity, scale: float) -> Velocity:
+    """Classifier-free guidance (arXiv 2207.12598): negative + scale * (positive - negative), in float32, a pass for each."""
 
-    Shorter texts are padded and masked. SynVidError for a text without the pooled vector.
-    """
-    rows = [text for text, _ in texts]
-    pooled = [vector for _, vector in texts if vector is not None]
-    if len(pooled) != len(rows):
-        raise SynVidError("a prompt of the plan has no pooled vector, which the network needs; encode it for this model")
-    if len({(row.shape[1], len(vector)) for row, vector in zip(rows, pooled, strict=True)}) > 1:
+    def velocity(latent: Tensor, sigma: Tensor) -> Tensor:
+        unguided = negative(latent, sigma).float()
+        return unguided + scale * (positive(latent, sigma).float() - unguided)
+
+    return velocity
+
+
+def pad_texts(texts: Sequence[Encoding]) -> PaddedTexts:
+    """A batch of encoded prompts. SynVidError for those of different text encoders."""
+    rows, pooled = [text for text, _ in texts], [vector for _, vector in texts if vector is not None]
+    if len({(text.shape[1], None if vector is None else len(vector)) for text, vector in texts}) > 1:
         raise SynVidError("prompts of the plan were encoded by different text encoders; make a plan for each")
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-    return Conditioning(
+    return PaddedTexts(
         torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-        torch.stack(pooled),
-        None if guidance is None else torch.full((len(rows),), guidance),
         None if bool(mask.all()) else mask,
+        torch.stack(pooled) if pooled else None,
     )
+
+
+def conditioning_of(texts: Texts, guidance: float | None) -> Conditioning:
+    """HunyuanVideo's conditioning of a batch; guidance in plain scale. SynVidError for texts without the pooled vector."""
+    if texts.pooled is None:
+        raise SynVidError("a prompt of the plan has no pooled vector, which the network needs; encode it for this model")
+    scale = None if guidance is None else torch.full((len(texts.text),), guidance, device=texts.text.device)
+    return Conditioning(texts.text, texts.pooled, scale, texts.mask)
+
+
+def stack_texts(texts: Sequence[Encoding], guidance: float | None) -> Conditioning:
+    """HunyuanVideo's conditioning of a batch from each prompt's encoding, shorter texts padded and masked."""
+    return conditioning_of(pad_texts(texts), guidance)
 
 
 def batches(items: Iterable[PlanItem], size: int) -> Iterator[list[PlanItem]]:
@@ -199,7 +263,7 @@ def _write(
     keys: Sequence[Tensor],
     noise: Tensor,
     items: Sequence[PlanItem],
-    texts: Sequence[tuple[Tensor, Tensor | None]],
+    texts: Sequence[Encoding],
     seconds: float,
 ) -> list[str]:
     """Commit a batch; where it is refused, each sample alone, so that one takes no other with it. Returns the faults."""

@@ -16,7 +16,7 @@ from ..errors import SynVidError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,99}")
 """What ids and writers may be called: they are file names, also where capitals do not count."""
-_HASH = re.compile(r"[0-9a-f]{64}")
+HASH = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"latents/[0-9a-f]{2}/[0-9a-f]{32}\.safetensors")
 _CRC = b',"crc":"00000000"}'
 
@@ -120,7 +120,7 @@ def check_info(info: SampleInfo) -> None:
     """SynVidError (a ValueError for what was read) unless the fields can be stored and found again."""
     if not isinstance(info.id, str) or not NAME.fullmatch(info.id):
         raise _Impossible(f"the id {info.id!r}; use small letters, digits, '_', '-' and '.', at most 100 (sample_id makes one)")
-    if not isinstance(info.text, str) or not _HASH.fullmatch(info.text):
+    if not isinstance(info.text, str) or not HASH.fullmatch(info.text):
         raise _Impossible(f"sample {info.id} with text {info.text!r}; give the hash that put_text returned")
     if type(info.seed) is not int or not 0 <= info.seed < 2**64:
         raise _Impossible(f"sample {info.id} with seed {info.seed!r}; it must be a whole number from 0 to 2**64 - 1")

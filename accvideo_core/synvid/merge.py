@@ -90,6 +90,9 @@ def merge_synvid(
     total = sum(members[0].bytes for _, _, members in work)
     done = copied = moved = 0
     damages: list[Damage] = []
+    if negative := store.header.negative_text:
+        reader = next((reader for reader in readers if reader.header.negative_text == negative), readers[0])
+        damages += _copy_text(reader, store, negative)
     for reader, file, members in work:
         whole, found = _copy(reader, store, file, members)
         store.adopt(whole)
@@ -108,16 +111,23 @@ def _copy(reader: SynVidReader, store: SynVidStore, file: str, members: list[Sam
         return [], [Damage(sample.id, file, "it is missing or its content has changed") for sample in members]
     whole, damages = [], []
     for sample in members:
-        try:
-            store.put_text(*reader.text(sample.text))
-        except SynVidError as error:
-            damages.append(Damage(sample.id, text_file(sample.text), str(error)))
+        if lacking := _copy_text(reader, store, sample.text, sample.id):
+            damages += lacking
             continue
         if sample.video is not None and not _copy_file(reader, store, sample.video, sample.video_sha256 or ""):
             damages.append(Damage(sample.id, sample.video, "it is missing or its content has changed"))
             continue
         whole.append(sample)
     return whole, damages
+
+
+def _copy_text(reader: SynVidReader, store: SynVidStore, name: str, sample: str = "") -> list[Damage]:
+    """Copy a text; what is wrong with it, if anything is."""
+    try:
+        store.put_text(*reader.text(name))
+    except SynVidError as error:
+        return [Damage(sample, text_file(name), str(error))]
+    return []
 
 
 def _copy_file(reader: SynVidReader, store: SynVidStore, name: str, expected: str) -> bool:

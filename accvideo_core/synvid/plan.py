@@ -1,7 +1,8 @@
 """A plan: what to capture, in a folder of its own, so that text encoders and teacher need never share a machine.
 
 `plan.jsonl` has a line for every sample, its prompt's encoding lies in `text/` as in a dataset. Lines are only ever added;
-what is captured already is known from the dataset, so a plan may grow and be captured again and again.
+what is captured already is known from the dataset, so a plan may grow and be captured again and again. `negatives.json` has
+the negative prompts, which a teacher with classifier-free guidance needs, and the hash of each one's encoding.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import SynVidError
-from ..files import append_at, check_writable
+from ..files import append_at, atomic_path, check_writable
 from .folder import Folder
-from .manifest import SampleInfo, check_info
+from .manifest import HASH, SampleInfo, check_info
 from .store import sample_id
 from .texts import put_text, read_text
 
 FILE = "plan.jsonl"
+NEGATIVES = "negatives.json"
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,15 @@ def prompt_seed(prompt: str, run: int = 0, copy: int = 0) -> int:
 class Plan:
     """A plan folder, to read, and for one process at a time to add to.
 
-    items  {id: PlanItem} in the plan's order
-    create  make an empty plan where there is none, instead of raising SynVidError
+    items      {id: PlanItem} in the plan's order
+    negatives  {negative prompt: hash of its encoding}
+    create     make an empty plan where there is none, instead of raising SynVidError
     """
 
     def __init__(self, path: str | os.PathLike[str], create: bool = False) -> None:
         self.path = Path(path)
         self.items: dict[str, PlanItem] = {}
+        self.negatives: dict[str, str] = {}
         self._end = 0
         file = self.path / FILE
         if not file.exists():
@@ -75,6 +79,8 @@ class Plan:
         self._end = content.rfind(b"\n") + 1
         for number, line in enumerate(content[: self._end].splitlines(), 1):
             self._take(_from_line(line, f"{file}, line {number}"))
+        if (self.path / NEGATIVES).exists():
+            self.negatives = _read_negatives(self.path / NEGATIVES)
 
     def add(
         self, prompt: str, text: Tensor, pooled: Tensor | None, seed: int, shape: Sequence[int], name: str | None = None
@@ -96,6 +102,13 @@ class Plan:
         self._take(item)
         return item
 
+    def add_negative(self, prompt: str, text: Tensor, pooled: Tensor | None) -> None:
+        """Keep a negative prompt and its encoding, as of `add`; one that is there already is written anew."""
+        negatives = self.negatives | {prompt: put_text(self.path, text, pooled)}
+        with atomic_path(self.path / NEGATIVES) as temporary:
+            temporary.write_text(json.dumps(negatives, indent=1) + "\n", encoding="utf-8", newline="\n")
+        self.negatives = negatives
+
     def text(self, name: str) -> tuple[Tensor, Tensor | None]:
         """(text (L, D), pooled (P,) or None) by hash. SynVidError if it is missing or damaged."""
         return read_text(Folder(self.path), name)
@@ -115,6 +128,16 @@ def _from_line(line: bytes, where: str) -> PlanItem:
     except (ValueError, TypeError, KeyError) as error:
         raise SynVidError(f"{where} is no sample of a plan: {error}") from error
     return item
+
+
+def _read_negatives(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not all(isinstance(name, str) and HASH.fullmatch(name) for name in found.values()):
+            raise ValueError("it must be an object of prompts and hashes")
+    except (OSError, ValueError, RecursionError) as error:
+        raise SynVidError(f"cannot read {file} ({error}); delete it and encode the negative prompt again") from error
+    return found
 
 
 def _check(item: PlanItem) -> None:

@@ -130,7 +130,8 @@ class SynVidReader:
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> list[Damage]:
         """Hash everything again: latent files, texts, videos, noise from its seed. What is not as it was committed, an entry
-        for each sample it concerns; damaged manifest lines have no id. `progress` is called with (bytes done, of all)."""
+        for each sample it concerns; damaged manifest lines and the negative prompt's text have no id. `progress` is called with
+        (bytes done, of all)."""
         entries, found = self.entries()
         samples = union(entries)
         lacking = self.faults(samples.values())
@@ -139,6 +140,8 @@ class SynVidReader:
         files = grouped(samples.values())
         done, total = 0, sum(members[0].bytes for members in files.values())
         texts: dict[str, str] = {}
+        if (negative := self.header.negative_text) and (fault := self._text_fault(negative)):
+            found.append(Damage("", text_file(negative), fault))
         for file, members in files.items():
             if file not in absent and self.file_hash(file) != members[0].sha256:
                 found += [Damage(sample.id, file, "its content has changed") for sample in members]

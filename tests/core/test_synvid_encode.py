@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from accvideo_core import cli
 from accvideo_core.checkpoint import save_original
+from accvideo_core.distill.adapters import adapter_for
 from accvideo_core.dit import Conditioning, DiTConfig
 from accvideo_core.errors import AccVideoWarning, CheckpointError, PromptError, SynVidError
 from accvideo_core.headless import generate
@@ -20,7 +22,7 @@ from accvideo_core.sampling import make_noise
 from accvideo_core.synvid import SynVidStore, sample_id
 from accvideo_core.synvid.plan import Plan, prompt_seed
 from accvideo_core.synvid.prompts import Prompt, read_prompts
-from accvideo_core.synvid.text_encoders import TEMPLATE, HunyuanText
+from accvideo_core.synvid.text_encoders import TEMPLATE, HunyuanText, WanText
 from accvideo_core.synvid.video_vae import HunyuanVAE
 from tests.hunyuan_files import LLAMA, make_text_encoders, make_vae, randomise
 from tests.networks import error, random_weights
@@ -181,6 +183,53 @@ def test_tencents_layout_and_the_whole_llava_give_the_same(folder, encoder, tmp_
     assert torch.equal(HunyuanText.load(tmp_path, dtype=torch.float32).encode("a cat")[0], encoder.encode("a cat")[0])
 
 
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    """UMT5 as diffusers lays Wan's out, small and random; its tokenizer knows letters alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    path = tmp_path_factory.mktemp("wan")
+    letters = [(piece, -1.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127)), "静", "态")]
+    splitter = Tokenizer(models.Unigram(letters, unk_id=2))
+    splitter.pre_tokenizer = pre_tokenizers.Metaspace()
+    splitter.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    tokenizer.save_pretrained(path / "tokenizer")
+    model = UMT5EncoderModel(UMT5Config(vocab_size=len(letters), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2))
+    randomise(model, 3)
+    model.save_pretrained(path / "text_encoder")
+    return path
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a cat sits", "", "it\u2019s &amp;lt;b&gt; \n two,\uff0c 静态", "long " * 200 + "and the end"]
+)
+def test_wans_text_encoder_is_diffusers(wan_folder, prompt):
+    """Cut, cleaned and at its valid length; the rest of diffusers' 512 tokens is zeros."""
+    from diffusers import WanPipeline
+
+    encoder = WanText.load(wan_folder, dtype=torch.float32)
+    parts = SimpleNamespace(_execution_device="cpu", tokenizer=encoder._tokenizer, text_encoder=encoder._model)
+    theirs = WanPipeline._get_t5_prompt_embeds(parts, prompt, max_sequence_length=512)[0]
+    cut = pytest.warns(AccVideoWarning, match="than 512 tokens; left out: .*the end") if len(prompt) > 512 else nullcontext()
+    with cut:
+        text, pooled = encoder.encode(prompt)
+    assert pooled is None and error(text, theirs[: len(text)]) < 1e-5 and not theirs[len(text) :].any()
+
+
+def test_a_wan_plan_has_its_negative_prompt(wan_folder, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cat\n", encoding="utf-8")
+    command = ["encode", str(tmp_path / "p.txt"), "-o", str(tmp_path / "plan"), "--text-encoder", str(wan_folder)]
+    assert cli.main([*command, "--negative", "静态", "--device", "cpu"]) == 0
+    plan, encoder = Plan(tmp_path / "plan"), WanText.load(wan_folder, dtype=torch.float32)
+    (item,) = plan.items.values()
+    assert item.shape == (16, 21, 60, 104)
+    for prompt, name in (("a cat", item.text), ("静态", plan.negatives["静态"])):
+        text, pooled = plan.text(name)
+        assert torch.equal(text, encoder.encode(prompt)[0]) and pooled is None
+
+
 def test_folders_that_are_not_whole_are_named(folder, tmp_path):
     with pytest.raises(CheckpointError, match="text_encoder/config.json"):
         HunyuanText.load(tmp_path)
@@ -233,7 +282,7 @@ def test_released_models_end_to_end_without_comfyui(folder, encoder, tmp_path, c
     (sample,) = store.samples().values()
     text, pooled = encoder.encode("a cat sits")
     assert torch.equal(store.text(sample.text)[0], text) and sample.shape == SHAPE
-    network = generate.load_network(teacher, torch.device("cpu"))
+    network = generate.load_network(adapter_for("hunyuan-t2v"), teacher, torch.device("cpu"))
     conditioning = Conditioning(text[None], pooled[None], torch.tensor([6.0]))
     latent, sigmas = store.noise(sample.id)[None], store.header.sigmas
     for j in range(2):

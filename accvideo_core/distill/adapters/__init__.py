@@ -9,11 +9,12 @@ from torch import nn
 
 from ...checkpoint import Checkpoint, open_checkpoint
 from ...errors import InvalidValueError
-from .base import Adapter, Texts, Told
+from ...synvid.capture import Texts
+from .base import Adapter, Told
 from .hunyuan import HunyuanAdapter
 from .wan import WanAdapter
 
-ADAPTERS: MappingProxyType[str, type[HunyuanAdapter | WanAdapter]] = MappingProxyType(
+ADAPTERS: MappingProxyType[str, type[Adapter]] = MappingProxyType(
     {"hunyuan-t2v": HunyuanAdapter, "tiny": HunyuanAdapter, "wan-t2v-14b": WanAdapter}
 )
 """{family: its adapter}; the families are those of `schedule.PRESETS`."""
@@ -25,7 +26,8 @@ def adapter_for(what: str | Checkpoint | os.PathLike[str] | nn.Module) -> Adapte
     Raises InvalidValueError, listing what there is, for what has none; CheckpointError for a file that cannot be read.
     """
     if isinstance(what, nn.Module):
-        family = next((found for kind in set(ADAPTERS.values()) if (found := kind.family_of(what))), type(what).__name__)
+        known = (kind.family_of(what) for kind in ADAPTERS.values())
+        family = next((found for found in known if found), type(what).__name__)
     elif isinstance(what, str):
         family = what
     elif isinstance(what, Checkpoint):

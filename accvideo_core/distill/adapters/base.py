@@ -17,19 +17,9 @@ from torch import Tensor, nn
 
 from ...checkpoint.fingerprint import fingerprint
 from ...errors import CheckpointError, InvalidValueError, SynVidError
+from ...schedule import get_preset
 from ...synvid import Header
-
-
-class Texts(Protocol):
-    """Encoded prompts of a batch, as SynVid's `Batch` and `synvid.capture.pad_texts` give them: text (B, L, D) filled up with
-    zeros, mask (B, L) bool with the valid tokens first (None: all are), pooled (B, P) or None for a model without it."""
-
-    @property
-    def text(self) -> Tensor: ...
-    @property
-    def mask(self) -> Tensor | None: ...
-    @property
-    def pooled(self) -> Tensor | None: ...
+from ...synvid.capture import Texts
 
 
 class Told(Protocol):
@@ -52,6 +42,11 @@ class Adapter(ABC):
     family: str
 
     # ---- what every architecture says for itself --------------------------------------------------------------------------
+
+    @staticmethod
+    @abstractmethod
+    def family_of(network: nn.Module) -> str | None:
+        """The family of a network, None if it is of another architecture; told without importing an optional package."""
 
     @abstractmethod
     def velocity(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
@@ -124,6 +119,17 @@ class Adapter(ABC):
             )
         t, h, w = (n // p for n, p in zip(sizes, patch, strict=True))
         return t, h, w
+
+    def guidance(self, network: nn.Module, asked: float | None = None) -> float | None:
+        """The scale that `conditioning` takes for this network: the one asked for, or the family's; None if it embeds none, and
+        InvalidValueError if one is asked for all the same."""
+        if self.embeds_guidance(network):
+            return get_preset(self.family).guidance if asked is None else asked
+        if asked is not None:
+            raise InvalidValueError(
+                f"guidance is {asked:g}, but this network embeds none; leave it out (cfg may be what you mean)"
+            )
+        return None
 
     def lora_targets(self, network: nn.Module) -> tuple[str, ...]:
         """Module paths of what a LoRA student adapts: every Linear of the blocks."""

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...checkpoint import load_student, save_original
 from ...dit import Conditioning, HunyuanVideoDiT
-from ...errors import SynVidError
-from .base import Adapter, Texts
+from ...synvid.capture import Texts, conditioning_of
+from .base import Adapter
 
 
 class HunyuanAdapter(Adapter):
@@ -20,7 +20,6 @@ class HunyuanAdapter(Adapter):
 
     @staticmethod
     def family_of(network: nn.Module) -> str | None:
-        """The family of a network, None if it is of another architecture."""
         if not isinstance(network, HunyuanVideoDiT):
             return None
         return "hunyuan-t2v" if network.config.text_dim == 4096 else "tiny"
@@ -44,10 +43,7 @@ class HunyuanAdapter(Adapter):
         return _own(network).config.patch_size
 
     def conditioning(self, texts: Texts, guidance: float | None) -> Conditioning:
-        if texts.pooled is None:
-            raise SynVidError("a prompt has no pooled vector, which HunyuanVideo needs; encode the prompts for this model")
-        scale = None if guidance is None else torch.full((len(texts.text),), guidance, device=texts.text.device)
-        return Conditioning(texts.text, texts.pooled, scale, texts.mask)
+        return conditioning_of(texts, guidance)
 
     def check_text(self, network: nn.Module, text: Tensor, pooled: Tensor | None) -> None:
         config = _own(network).config

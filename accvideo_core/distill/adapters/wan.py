@@ -22,7 +22,8 @@ from ...checkpoint.config import find_differences
 from ...checkpoint.convert import diffusers_config
 from ...checkpoint.wan import WAN_DIFFUSERS, infer_wan_config
 from ...errors import AccVideoError, CheckpointError, InvalidValueError, MissingExtraError, SynVidError
-from .base import Adapter, Texts
+from ...synvid.capture import Texts
+from .base import Adapter
 
 TEXT_TOKENS = 512
 _FLOAT32 = {"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}  # diffusers keeps these whatever the dtype
@@ -46,12 +47,13 @@ class WanAdapter(Adapter):
 
     @staticmethod
     def family_of(network: nn.Module) -> str | None:
-        """The family of a network, None if it is of another architecture; told without importing diffusers."""
         names = {kind.__name__ for kind in type(network).__mro__}
         return "wan-t2v-14b" if "WanTransformer3DModel" in names and network.config.image_dim is None else None
 
     def velocity(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
-        self.grid(network, latent.shape)  # it would cut off what makes no whole patch
+        self.grid(network, latent.shape)  # the network would cut off what makes no whole patch
+        if latent.shape[1] != network.config.in_channels:
+            raise InvalidValueError(f"the latent must be (B, {network.config.in_channels}, T, H, W), got {tuple(latent.shape)}")
         dtype = network.patch_embedding.weight.dtype
         predicted: Tensor = network(
             hidden_states=latent.to(dtype),
