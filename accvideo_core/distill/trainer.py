@@ -80,15 +80,18 @@ class Trainer:
         self.best: float | None = None
         self.health = Health(config.patience)
 
+        figures = [f"validation/{what}/key_{key}" for what in ("rolled", "trajectory") for key in range(self.segments)]
+        if held_out is not None and config.best not in figures:
+            raise InvalidValueError(f"best is {config.best!r}; choose one of {', '.join(figures)}")
+
         student.requires_grad_(True).train()
-        shared = config.lora is not None and world.size == 1  # then the base stays as it is, and serves the teacher, too
         if config.lora is not None:
             add_lora(student, adapter.lora_targets(student), config.lora, config.seed)
-        if shared and teacher is not None:
-            share_base(student, teacher)
-        self.student = self._prepared(student, None if shared else torch.float32)
+            if teacher is not None and world.size == 1:
+                share_base(student, teacher)  # shards cannot be shared
+        self.student = self._prepared(student, torch.float32)
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
-        self.optimizer = AdamW(self.trained, config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay)
+        self.optimizer = self._optimizer(self.trained, config.lr, config.beta1)
         self.ema = Ema(self.student, config.ema)
         self.queues = Queues(self.segments, config.queue_length)
         self.teacher: nn.Module | None = None
@@ -120,7 +123,15 @@ class Trainer:
         )
         self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
         self.heads = self.world.shard(heads, [f"heads.{i}" for i in range(len(heads.heads))])
-        self.head_optimizer = AdamW(self.heads.parameters(), c.head_lr, (0.0, c.beta2), weight_decay=c.weight_decay)
+        self.head_optimizer = self._optimizer(list(self.heads.parameters()), c.head_lr, 0.0)
+
+    def _optimizer(self, parameters: list[nn.Parameter], lr: float, beta1: float) -> AdamW:
+        """AdamW with the states it would make at the first step, so that a checkpoint has them all from the beginning: a head
+        may wait for its first step until the queues are filled."""
+        optimizer = AdamW(parameters, lr, (beta1, self.config.beta2), weight_decay=self.config.weight_decay)
+        for p in parameters:
+            optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return optimizer
 
     # ---- Algorithm 1 ------------------------------------------------------------------------------------------------------
 
@@ -148,10 +159,8 @@ class Trainer:
         for at, share in self._micro_batches():
             noisy, clean = batch.noisy[at], batch.clean[at]
             high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
-            velocity = self.velocity(noisy, high, told.rows(at))
-            loss = (
-                x0_loss(velocity, noisy, x0[at], high) if x0 is not None else trajectory_loss(velocity, noisy, clean, high, low)
-            )
+            v = self.velocity(noisy, high, told.rows(at))
+            loss = trajectory_loss(v, noisy, clean, high, low) if x0 is None else x0_loss(v, noisy, x0[at], high)
             (self.config.trajectory_weight * share * loss).backward()
             self._see(f"trajectory/key_{key}", loss, share)
         self._step(self.optimizer, self.trained, "trajectory", iteration, key)
@@ -294,8 +303,6 @@ class Trainer:
                 self.velocity, lambda b: self.adapter.conditioning(b, held_out.guidance), held_out, self.world.device, self.micro
             )
         scalars = self.world.mean(figures)
-        if self.config.best not in scalars:
-            raise InvalidValueError(f"best is {self.config.best!r}; choose one of {', '.join(scalars)}")
         if self.show is not None and self.world.is_main:
             self.show(done, ours, theirs)
         if self.best is None or scalars[self.config.best] < self.best:
@@ -333,8 +340,11 @@ class Trainer:
         path, told = self.folder / "config.json", {"config": asdict(self.config), "source": self.source.state()}
         newest = state.newest(self.folder / "checkpoints")
         if path.exists():
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            changed = differences(earlier["config"], told["config"]) + differences(earlier["source"], told["source"])
+            try:
+                earlier = json.loads(path.read_text(encoding="utf-8"))
+                changed = [text for part in told for text in differences(earlier[part], told[part])]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise TrainingError(f"{str(path)!r} cannot be read ({error}); restore it, or choose another folder") from error
             if changed:
                 raise InvalidValueError(f"{str(self.folder)!r} holds another run ({'; '.join(changed)}); choose another folder")
         elif newest is not None:

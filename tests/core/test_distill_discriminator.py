@@ -95,10 +95,12 @@ def test_the_students_gradient_through_the_frozen_teacher_agrees_with_finite_dif
         way = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in parameters]
         slope = sum(float((g * d).sum()) for g, d in zip(gradients, way, strict=True) if g is not None)
         values = []
-        for sign in (1, -2, 1):  # forward, back, home
-            torch._foreach_add_([p.data for p in parameters], way, alpha=sign * 1e-5)
-            values.append(float(loss()))
-        assert slope == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+        with torch.no_grad():
+            for sign in (1, -2, 1):  # forward, back, home
+                torch._foreach_add_([p.data for p in parameters], way, alpha=sign * 1e-4)
+                values.append(float(loss()))
+        # rotary embeddings are computed in float32 whatever the network's dtype: the difference is known to 2e-5
+        assert slope == pytest.approx((values[0] - values[1]) / 2e-4, rel=2e-4)
     assert all(p.grad is None for p in teacher.parameters())
 
 

@@ -23,7 +23,7 @@ class Line(nn.Module):
 
     def __init__(self, number: float) -> None:
         super().__init__()
-        self.number = nn.Parameter(torch.tensor(number))
+        self.number, self.block = nn.Parameter(torch.tensor(number)), nn.Identity()
 
 
 class Rows:
@@ -50,11 +50,12 @@ class Recording(Adapter):
         self.log.append((seen, round(float(sigma[0]), 2), latent, 0.0))
         return latent.flatten(2).transpose(1, 2)
 
-    def block_names(self, network: nn.Module) -> tuple[str, ...]:
-        return ()
+    @staticmethod
+    def family_of(network: nn.Module) -> str | None:
+        return "tiny"
 
-    def feature_blocks(self, network: nn.Module) -> tuple[str, str]:
-        return "", ""
+    def block_names(self, network: nn.Module) -> tuple[str, ...]:
+        return ("block",)
 
     def width(self, network: nn.Module) -> int:
         return 4

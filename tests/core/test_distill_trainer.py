@@ -41,11 +41,23 @@ def after(iterations: int = 1, **chosen: Any) -> dict[str, Tensor]:
 # ---- options --------------------------------------------------------------------------------------------------------------
 
 
-def test_micro_batches_checkpointing_and_the_steps_of_a_batch_in_one_go_are_the_same_training() -> None:
-    whole = after(r1_weight=10.0)
-    for chosen in ({"micro_batch": 1}, {"micro_batch": 3}, {"checkpointing": True}):
-        other = after(r1_weight=10.0, **chosen)
-        assert all(torch.allclose(whole[name], other[name], rtol=0, atol=5e-5) for name in whole), chosen
+@pytest.mark.parametrize("chosen", [{"micro_batch": 1}, {"micro_batch": 3}, {"checkpointing": True}], ids=str)
+def test_micro_batches_and_checkpointing_are_the_same_training_as_a_batch_in_one_go(chosen: dict[str, Any]) -> None:
+    """By plain gradient descent: Adam makes steps of one size of gradients that differ by rounding alone."""
+
+    def descended(**chosen: Any) -> dict[str, Tensor]:
+        run = trainer(r1_weight=10.0, clip=1e9, **chosen)
+        run.optimizer, run.head_optimizer = torch.optim.SGD(run.trained, 0.1), torch.optim.SGD(run.heads.parameters(), 0.1)
+        run.iteration(0)
+        return weights(run) | dict(run.heads.state_dict())
+
+    whole, other = descended(lr=0.1, head_lr=0.1), descended(lr=0.1, head_lr=0.1, **chosen)
+    assert all(torch.allclose(whole[name], other[name], rtol=0, atol=1e-5) for name in whole)
+
+
+@pytest.fixture(scope="module")
+def usual() -> dict[str, Tensor]:
+    return after(2)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +66,6 @@ def test_micro_batches_checkpointing_and_the_steps_of_a_batch_in_one_go_are_the_
         {"target": "x0"},
         {"trajectory_weight": 0.0},
         {"adversarial_weight": 0.0},
-        {"adversarial_weight": 0.5},
         {"gan_loss": "hinge"},
         {"heads": "one"},
         {"head": "3d"},
@@ -63,12 +74,12 @@ def test_micro_batches_checkpointing_and_the_steps_of_a_batch_in_one_go_are_the_
     ],
     ids=str,
 )
-def test_every_option_of_the_method_leads_elsewhere(chosen: dict[str, Any]) -> None:
-    assert not same(after(2), after(2, **chosen))
+def test_every_option_of_the_method_leads_elsewhere(usual: dict[str, Tensor], chosen: dict[str, Any]) -> None:
+    assert not same(usual, after(2, **chosen))
 
 
 def test_r1_holds_back_the_heads() -> None:
-    runs = [trainer(r1_weight=weight, r1_sigma=0.1) for weight in (0.0, 1000.0)]
+    runs = [trainer(r1_weight=weight, r1_sigma=0.1, head_lr=1e-2) for weight in (0.0, 1e4)]
     for run in runs:
         for iteration in range(3):
             run.iteration(iteration)
@@ -76,7 +87,7 @@ def test_r1_holds_back_the_heads() -> None:
     told = runs[0].adapter.conditioning(batch, 6.0)
     features = [runs[0].features(latent, 0, told) for latent in (batch.clean, batch.clean + 0.1 * torch.randn_like(batch.clean))]
     moved = [float((run.heads(features[0], 0, (2, 2, 3)) - run.heads(features[1], 0, (2, 2, 3))).square().mean()) for run in runs]
-    assert moved[1] < 0.5 * moved[0]
+    assert moved[1] < 0.2 * moved[0]
 
 
 def test_the_trajectory_loss_falls_to_the_trajectories_it_sees_again_and_again() -> None:
@@ -122,7 +133,7 @@ def test_a_lora_student_trains_its_factors_alone_and_is_exported_as_a_lora(tmp_p
     assert names and all(".lora_" in name for name in names)
     assert all(torch.equal(p, base.get_parameter(n)) for n, p in run.student.named_parameters() if n not in names)
     file = load_file(tmp_path / "student.safetensors")
-    assert file and all("lora_" in name for name in file)
+    assert file and all(name.endswith((".lora_down.weight", ".lora_up.weight", ".alpha")) for name in file)
     teachers = {p.data_ptr() for p in run.teacher.parameters()} if run.teacher else set()
     assert teachers & {p.data_ptr() for p in run.student.parameters()}  # one base serves both
 
@@ -189,6 +200,13 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path) ->
         with pytest.raises(InvalidValueError, match=said):
             resumable(tmp_path, **chosen).run()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "config.json").rename(tmp_path / "moved.json")
+    with pytest.raises(TrainingError, match="has checkpoints but no config.json"):
+        resumable(tmp_path).run()
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(TrainingError, match="config.json' cannot be read"):
+        resumable(tmp_path).run()
+    (tmp_path / "moved.json").replace(tmp_path / "config.json")
     resumable(tmp_path, iterations=3, lr=5e-4).run()  # how long and how fast may change
     assert json.loads((tmp_path / "config.json").read_text())["config"]["lr"] == 5e-4
 
@@ -248,7 +266,7 @@ def test_the_best_student_is_kept_not_the_last(tmp_path: Path, monkeypatch: pyte
 
 def test_an_unknown_figure_to_choose_the_best_by_is_refused() -> None:
     with pytest.raises(InvalidValueError, match="best is 'loss'; choose one of validation/"):
-        trainer(best="loss", held_out=MadeUp(2)).validate(1)
+        trainer(best="loss", held_out=MadeUp(2))
 
 
 def test_a_contact_sheet_shows_teacher_and_student_of_every_sample(tmp_path: Path) -> None:
