@@ -1,35 +1,48 @@
-"""`accvideo evaluate`: generate a plan's clips and let the oracle say how many show what their prompts ask for."""
+"""`accvideo evaluate`: generate a plan's clips, let the oracle say how many show what their prompts ask for, and measure how
+close the model stays to its teacher."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
+import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from ..checkpoint import load_student
 from ..devices import pick_device
-from ..errors import AccVideoError, InvalidValueError
+from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path, check_writable
-from ..tiny import oracle
+from ..tiny import load_text_encoder, load_vae
 from ..tiny.clips import CLASSES
-from ..tiny.pipeline import DTYPES, TinyPipeline
-from ..tiny.text import tokenize
+from ..tiny.pipeline import DTYPES, PRESET, TinyPipeline
+from ..tiny.text import POOLED_DIM, TEXT_DIM
+from ..tiny.vae import CHANNELS
+from . import fidelity, plots, reports
+from .exam import Row, read_plan, score_reads
+from .exam import read_clips as read_clips
+from .exam import score as score
 
 
 @dataclass(frozen=True)
 class EvaluateArgs:
-    """Judge the bundled student (or teacher) on a plan of prompts and seeds."""
+    """Judge the bundled student (or teacher, or a file's network) on a plan of prompts and seeds."""
 
     plan: Path
     """JSON lines with "prompt", "seed" and, as {"colour": "red", ...}, the attributes "named" in the prompt."""
     teacher: bool = False
     """Judge the teacher (50 steps by default) instead of the student."""
+    weights: Path | None = None
+    """Judge the network in this file, a student that `accvideo distill` made of the bundled teacher, say."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Also measure how close the model is to the teacher's own samples, and write report.json, report.md and report.png into
+    this folder. That takes the teacher's 50 steps twice for every row."""
     steps: int | None = None
     """Sampling steps; default 5 for the student, 50 for the teacher."""
     shift: float | None = None
@@ -48,107 +61,85 @@ class EvaluateArgs:
     """Print the result as JSON."""
 
 
-@dataclass(frozen=True)
-class Row:
-    prompt: str
-    seed: int
-    named: dict[str, str]
-
-
 def run(args: EvaluateArgs) -> int:
     """Print the score; exit code 0 whatever it is."""
     for name, value in (("batch", args.batch), ("limit", args.limit)):
         if value is not None and value < 1:
             raise InvalidValueError(f"{name} is {value}; it must be at least 1")
     rows = read_plan(args.plan)[: args.limit]
+    pipeline = load(args)
+    steps = pipeline.default_steps if args.steps is None else args.steps
+    named = args.weights.name if args.weights else f"tiny-{pipeline.which}"
+    result: dict[str, Any] = {"model": named, "steps": steps, "dtype": args.dtype}
     if args.frames_out:
         check_writable(args.frames_out)
-    pipeline = TinyPipeline.load("teacher" if args.teacher else "student", pick_device(args.device), DTYPES[args.dtype])
+    if args.out is None:
+        frames = generate(pipeline, rows, args)
+        result |= score_reads(read_clips(frames), rows)
+    else:
+        _check_comparison(args, steps, rows)
+        made, compared = compare(args, pipeline, rows, steps)
+        frames = made.frames
+        result |= score_reads(made.reads, rows) | {"to_teacher": fidelity.plain(compared)}
+    if args.frames_out:
+        with atomic_path(args.frames_out) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, frames=frames)
+    if args.out is not None:
+        reports.write(args.out, result, compared)
+    print(json.dumps(result, indent=1) if args.json else as_table(result))
+    if args.out is not None and not args.json:
+        print(f"{reports.as_markdown(result, compared)}\n{args.out / reports.PICTURE}")
+    return 0
+
+
+def load(args: EvaluateArgs) -> TinyPipeline:
+    """The model to judge. CheckpointError for a file whose network does not fit the bundled text encoder and VAE."""
+    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    if args.weights is None:
+        return TinyPipeline.load("teacher" if args.teacher else "student", device, dtype)
+    if args.teacher:
+        raise InvalidValueError("--teacher and --weights name two models; give one of them")
+    network = load_student(args.weights, device, dtype).eval().requires_grad_(False)
+    sizes = network.config.in_channels, network.config.text_dim, network.config.pooled_dim
+    if sizes != (CHANNELS, TEXT_DIM, POOLED_DIM):
+        raise CheckpointError(
+            f"the network in {str(args.weights)!r} takes {sizes[0]} latent channels, text {sizes[1]} wide and pooled {sizes[2]}, "
+            f"but the tiny world has {CHANNELS}, {TEXT_DIM} and {POOLED_DIM}; give a student of the bundled teacher"
+        )
+    return TinyPipeline(network, load_text_encoder().to(device), load_vae().to(device), "student")
+
+
+def generate(pipeline: TinyPipeline, rows: Sequence[Row], args: EvaluateArgs) -> NDArray[np.uint8]:
+    """(N, 17, 64, 64, 3): the plan's clips."""
     parts = []
     for start in tqdm(range(0, len(rows), args.batch), desc="clips", unit="batch", disable=args.json, leave=False):
         chunk = rows[start : start + args.batch]
         made = pipeline.generate([r.prompt for r in chunk], [r.seed for r in chunk], args.steps, args.shift)
         parts.append(made.frames)
-    frames = np.concatenate(parts)
-    if args.frames_out:
-        with atomic_path(args.frames_out) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, frames=frames)
-    result = {
-        "model": f"tiny-{pipeline.which}",
-        "steps": pipeline.default_steps if args.steps is None else args.steps,
-        "dtype": args.dtype,
-        **score(frames, rows),
-    }
-    print(json.dumps(result, indent=1) if args.json else as_table(result))
-    return 0
+    return np.concatenate(parts)
 
 
-def read_plan(path: Path) -> list[Row]:
-    """Rows of a plan file; AccVideoError names the file and line that cannot be used."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AccVideoError(f"cannot read the plan {str(path)!r} ({error}); give a file of JSON lines") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            expected = '{"prompt": "a red ball", "seed": 7, "named": {"colour": "red", "shape": "circle"}}'
-            raise AccVideoError(f"{path}, line {number}: {error}; a row looks like {expected}") from error
-    if not rows:
-        raise AccVideoError(f"the plan {str(path)!r} has no rows; give a file of JSON lines")
-    return rows
+def compare(args: EvaluateArgs, pipeline: TinyPipeline, rows: Sequence[Row], steps: int) -> tuple[fidelity.Made, dict[str, Any]]:
+    """(what the model makes of the plan, how close that is to what the teacher makes of it)."""
+    master = TinyPipeline.load("teacher", pipeline.device, torch.float32)
+    wanted = fidelity.make(master, rows, PRESET.sigmas(PRESET.teacher_steps), args.batch, args.json)
+    sigmas = PRESET.sigmas(steps)
+    made = fidelity.make(pipeline, rows, sigmas, args.batch, args.json)
+    reached = fidelity.forced(pipeline, rows, wanted.first, sigmas, args.batch)
+    return made, fidelity.fidelity(made, wanted, reached, rows)
 
 
-def _row(value: Any) -> Row:
-    """A checked row, so that hours of generating never end at a bad one; ValueError says what is wrong with it."""
-    prompt, seed, named = value["prompt"], value["seed"], value.get("named") or {}
-    if not isinstance(prompt, str):
-        raise ValueError(f"the prompt is {prompt!r}, not a text")
-    if type(seed) is not int or not 0 <= seed < 2**64:
-        raise ValueError(f"the seed is {seed!r}, not a whole number from 0 to 2**64 - 1")
-    for kind, name in named.items():
-        if name not in CLASSES.get(kind, ()):
-            raise ValueError(f"no {kind} {name!r}; attributes are {json.dumps(CLASSES)}")
-    tokenize(prompt)
-    return Row(prompt, seed, dict(named))
-
-
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; (0, 1) without trials."""
-    if not trials:
-        return 0.0, 1.0
-    p, d = successes / trials, 1 + z * z / trials
-    half = z * math.sqrt(p * (1 - p) / trials + z * z / 4 / trials**2) / d
-    centre = (p + z * z / 2 / trials) / d
-    return centre - half, centre + half
-
-
-def score(frames: NDArray[np.uint8], rows: Sequence[Row]) -> dict[str, Any]:
-    """Right: every attribute clean and every named one as named. Valid: every attribute clean. Per attribute: how often
-    a named one is right, how often it is clean, and how far open ones are from uniform (total variation)."""
-    reads = [oracle.read(clip) for clip in frames]
-    valid = [all(v.clean for v in r.values()) for r in reads]
-    right = [ok and all(r[k].name == n for k, n in row.named.items()) for ok, r, row in zip(valid, reads, rows, strict=True)]
-    result: dict[str, Any] = {
-        "clips": len(reads),
-        "right": float(np.mean(right)),
-        "right_95": [round(x, 4) for x in wilson(sum(right), len(right))],
-        "valid": float(np.mean(valid)),
-    }
-    for kind, classes in CLASSES.items():
-        named = [r[kind].name == row.named[kind] for r, row in zip(reads, rows, strict=True) if kind in row.named]
-        free = [r[kind].name for r, row in zip(reads, rows, strict=True) if kind not in row.named]
-        share = np.array([free.count(c) for c in classes]) / max(len(free), 1)
-        result[kind] = {
-            "named_right": float(np.mean(named)) if named else None,
-            "clean": float(np.mean([r[kind].clean for r in reads])),
-            "open_tv_to_uniform": float(np.abs(share - 1 / len(classes)).sum() / 2) if free else None,
-        }
-    return result
+def _check_comparison(args: EvaluateArgs, steps: int, rows: Sequence[Row]) -> None:
+    """All that can be known before the work."""
+    assert args.out is not None
+    fidelity.check_steps(steps)
+    if args.shift is not None:
+        raise InvalidValueError(f"shift is {args.shift}; the comparison to the teacher needs its own, so leave out --shift")
+    if len(rows) < 2:
+        raise InvalidValueError("the comparison to the teacher needs at least 2 rows, better 200")
+    plots.new_figure(1, 1)
+    for name in reports.FILES:
+        check_writable(args.out / name)
 
 
 def as_table(result: dict[str, Any]) -> str:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidValueError
+from ..tiny.clips import keyed_generator
 
 Statistic = Callable[[Tensor], float]
 
 # 0.975 quantile of Student's t for 1 .. 20 degrees of freedom; beyond, 1.96 + 2.4 / degrees is right to 0.005.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+STUDENT: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 STUDENT += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the median distance
 
@@ -68,7 +69,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, projections: int = 512, seed: int =
     """Sliced 2-Wasserstein distance of two sets (N, ...): over random directions, the root of the mean squared distance between
     sorted projections (Bonneel et al. 2015). In units of one coordinate: N(0, s^2) from N(0, 1) has |s - 1|."""
     x, y = _flat(x, y)
-    directions = torch.randn(projections, x.shape[1], generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
+    generator = keyed_generator("directions", seed)  # not the seed itself: latents may have been made from noise of that seed
+    directions = torch.randn(projections, x.shape[1], generator=generator, dtype=x.dtype)
     directions = torch.nn.functional.normalize(directions, dim=1).to(x.device)
     lines = [(directions @ z.T).sort(1) for z in (x, y)]
 

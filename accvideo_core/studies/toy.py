@@ -44,12 +44,14 @@ class ToyArgs:
     """M: how much closer together than the teacher's the two data points lie; from 0 to below 6."""
     iterations: int = 10000
     """Of the teacher's training by flow matching."""
-    student_iterations: int = 2000
+    student_iterations: int = 500
     """Of each distillation, from the trained network's weights."""
     batch: int = 2048
     """Samples an iteration."""
     lr: float = 1e-4
     """Learning rate of Adam."""
+    student_lr: float = 1e-3
+    """The students', which have fewer iterations."""
     width: int = 64
     """Channels of the network."""
     trajectories: int = 2048
@@ -202,7 +204,7 @@ def distill(args: ToyArgs, network: ToyNet, segments: Segments, what: str) -> To
         noisier, cleaner = segments.noisier[key, row], segments.cleaner[key, row]
         return trajectory_loss(student(noisier, levels[key + 1]), noisier, cleaner, levels[key + 1], levels[key])
 
-    return train(student, loss, args.student_iterations, args.lr, what, args.json)
+    return train(student, loss, args.student_iterations, args.student_lr, what, args.json)
 
 
 def outcome(made: Tensor, wanted: Tensor) -> dict[str, float]:
@@ -340,6 +342,7 @@ def _check(args: ToyArgs) -> None:
             raise InvalidValueError(f"{name} is {getattr(args, name)}; it must be at least {smallest}")
     if not args.mismatches or not all(0 <= m < 2 * MODE for m in args.mismatches):
         raise InvalidValueError(f"mismatches are {args.mismatches}; give some from 0 to below {2 * MODE:g}")
-    if not (args.tolerance > 0 and args.lr > 0):
-        raise InvalidValueError(f"tolerance is {args.tolerance} and lr {args.lr}; both must be above 0")
+    for name in ("tolerance", "lr", "student_lr"):
+        if not getattr(args, name) > 0:
+            raise InvalidValueError(f"{name} is {getattr(args, name)}; it must be above 0")
     key_levels(args)

@@ -38,6 +38,11 @@ def test_sliced_wasserstein_of_gaussians_in_many_dimensions() -> None:
     assert metrics.sliced_wasserstein(x, y, 256)(ROWS(4000)) == pytest.approx(expected, rel=0.03)
 
 
+def test_directions_have_nothing_to_do_with_noise_of_their_seed() -> None:
+    x, y = torch.randn(2, 40, 512, generator=torch.Generator().manual_seed(0))
+    assert metrics.sliced_wasserstein(x, y, seed=0)(ROWS(40)) < 0.5  # 1.3 along the samples themselves
+
+
 def test_mmd_of_gaussians() -> None:
     """One kernel exp(-d^2 / 2 h^2): E k over N(a, 2 I) is (1 + 2/h^2)^(-D/2) exp(-|a|^2 / 2 (h^2 + 2))."""
     width, shift, h = 5, torch.full((5,), 0.4, dtype=torch.float64), 2.0

@@ -70,7 +70,7 @@ def test_outcomes() -> None:
 
 
 def test_a_student_learns_the_segments() -> None:
-    args = toy.ToyArgs(**SMALL | dict(student_iterations=300, lr=3e-3, width=32))
+    args = toy.ToyArgs(**SMALL | dict(student_iterations=150, student_lr=5e-3, width=32))
     own = toy.segments(args, toy.exact_velocity, None)
     student = toy.distill(args, toy.ToyNet(32), own, "test")
     levels = toy.key_levels(args)
