@@ -20,6 +20,7 @@ from accvideo_core.checkpoint import open_checkpoint
 from accvideo_core.distill.adapters import ADAPTERS, adapter_for
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import CheckpointError, InvalidValueError, SynVidError
+from accvideo_core.lora import merge_lora, read_lora
 from accvideo_core.sampling import make_noise
 from accvideo_core.schedule import PRESETS, flow_sigmas
 from accvideo_core.synvid import Header, SynVidDataset, SynVidStore
@@ -450,6 +451,17 @@ def test_a_wan_student_is_distilled_by_the_full_method(wan_files, captured, tmp_
     ours, theirs = (trajectory_error(file, captured) for file in (out / "student.safetensors", teacher))
     print(f"trajectory error {theirs:.3f} -> {ours:.3f}")
     assert ours < 0.7 * theirs and teacher.read_bytes() == before
+
+
+def test_a_wan_lora_student_is_a_lora_of_wan(wan_files, captured, tmp_path):
+    teacher, out = wan_files[0] / "wan.safetensors", tmp_path / "run"
+    training = ["--any-schedule", "--iterations", "2", "--adversarial-weight", "0", "--lr", "0.01", "--lora", "2"]
+    assert distil(captured, teacher, out, *training) == 0
+    with read_lora(out / "student.safetensors") as lora:
+        assert {"blocks.1.self_attn.q.weight", "blocks.0.cross_attn.o.weight", "blocks.1.ffn.2.weight"} <= set(lora.modules)
+        assert len(lora.modules) == 2 * 10
+    merge_lora(teacher, [out / "student.safetensors"], tmp_path / "merged.safetensors")
+    assert trajectory_error(tmp_path / "merged.safetensors", captured) < trajectory_error(teacher, captured)
 
 
 def test_trajectories_of_another_teacher_are_not_distilled(wan_files, captured, tmp_path, capsys):
