@@ -8,7 +8,6 @@ no memory that the system could not take back.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
@@ -40,7 +39,6 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
-_MALLOC_KEEPS = 32 * 2**20  # the largest block that glibc may reuse
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class SafetensorsFile:
         info = self.tensors[name]
         if mapped and info.nbytes and info.start % info.dtype.itemsize == 0:
             return self._over_the_file(name, info)
-        out = _fresh(info)
+        out = torch.empty(info.shape, dtype=info.dtype)
         view = out.reshape(-1).view(torch.uint8).numpy().data if out.numel() else memoryview(b"")
         done = 0
         with self._lock:
@@ -127,17 +125,6 @@ class SafetensorsFile:
         """Tensors that were mapped stay valid."""
         self._map = None
         self._file.close()
-
-
-def _fresh(info: TensorInfo) -> torch.Tensor:
-    """Memory to read into. Above what malloc ever keeps for another time, all of it is new to the process, and the system hands
-    it out page by page, slower than the disk may be: 1.4 GB/s into pages of 4 kB where huge ones take 5 (Linux has them)."""
-    if info.nbytes < _MALLOC_KEEPS or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(info.shape, dtype=info.dtype)
-    memory = mmap.mmap(-1, info.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a wish: a system without them gives small ones
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=info.dtype).view(info.shape)
 
 
 def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
