@@ -52,7 +52,7 @@ class ToyArgs:
     """Learning rate of Adam."""
     student_lr: float = 1e-3
     """The students', which have fewer iterations."""
-    width: int = 64
+    width: int = 32
     """Channels of the network."""
     trajectories: int = 2048
     """Trajectories sampled from the teacher, and points of forward diffusion at each noise level."""
