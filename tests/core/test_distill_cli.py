@@ -22,6 +22,7 @@ from accvideo_core.synvid import Header, SynVidDataset
 from tests.distill_data import EXPORTABLE, network
 from tests.synvid_data import HEADER, dataset, latent_files
 
+CONFIG, LATENT = replace(EXPORTABLE, in_channels=16, out_channels=16), (16, 2, 4, 6)
 SMALL = ["--batch", "2", "--iterations", "2", "--held-out", "2", "--vae", "none", "--head-channels", "8", "--device", "cpu"]
 SMALL += ["--save-every", "1"]
 
@@ -29,7 +30,7 @@ SMALL += ["--save-every", "1"]
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    HunyuanAdapter("tiny").export(network(EXPORTABLE).state_dict(), path)
+    HunyuanAdapter("tiny").export(network(CONFIG).state_dict(), path)
     return path
 
 
@@ -41,7 +42,7 @@ def header(teacher: Path, **changed: Any) -> Header:
 @pytest.fixture(scope="module")
 def captured(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("captured")
-    dataset(path, 8, header=header(teacher))
+    dataset(path, 8, shape=LATENT, header=header(teacher))
     return path
 
 
@@ -82,9 +83,9 @@ def test_a_run_writes_what_it_says_and_goes_on(
     assert metadata["iteration"] == "2" and json.loads(metadata["config"])["batch"] == 2
     assert metadata["dataset"] == split(captured, 2)[0].digest and metadata["teacher"] == header(teacher).fingerprint
     student = load_student(told["student"], dtype=torch.float32)
-    assert not torch.equal(student.img_in.proj.weight, network(EXPORTABLE).img_in.proj.weight)
+    assert not torch.equal(student.img_in.proj.weight, network(CONFIG).img_in.proj.weight)
     text = SynVidSource(SynVidDataset(captured), 1).batch(0, 0).conditioning(6.0)
-    clean = few_step(lambda x, s: student(x, s, text), make_noise((1, 4, 2, 4, 6), [0]), PRESETS["tiny"])
+    clean = few_step(lambda x, s: student(x, s, text), make_noise((1, *LATENT), [0]), PRESETS["tiny"])
     assert clean.isfinite().all()
     assert cli.main([*words(captured, out, teacher, "--iterations", "3"), "--log-every", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -146,7 +147,7 @@ def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_a_dataset_that_does_not_fit_is_refused_before_anything_is_written(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, Any], more: list[str], said: str
 ) -> None:
-    dataset(tmp_path / "data", 8, header=header(teacher, **changed))
+    dataset(tmp_path / "data", 8, shape=LATENT, header=header(teacher, **changed))
     assert cli.main([*words(tmp_path / "data", tmp_path / "run", teacher), *more]) in (1, 2)
     assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
@@ -155,7 +156,7 @@ def test_a_dataset_that_does_not_fit_is_refused_before_anything_is_written(
 def test_another_schedule_is_refused_unless_it_is_wanted(
     teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dataset(tmp_path / "data", 8, header=replace(HEADER, fingerprint=header(teacher).fingerprint))
+    dataset(tmp_path / "data", 8, shape=LATENT, header=replace(HEADER, fingerprint=header(teacher).fingerprint))
     command = words(tmp_path / "data", tmp_path / "run", teacher, "--no-tensorboard")
     assert cli.main(command) == 1
     said = capsys.readouterr().err
@@ -169,7 +170,7 @@ def test_an_empty_dataset_and_a_truncated_file_are_named(
     dataset(tmp_path / "none", 0, header=header(teacher))
     assert cli.main(words(tmp_path / "none", tmp_path / "run", teacher)) == 1
     assert "holds no whole samples" in capsys.readouterr().err
-    dataset(tmp_path / "cut", 8, batch=2, header=header(teacher))
+    dataset(tmp_path / "cut", 8, batch=2, shape=LATENT, header=header(teacher))
     broken = latent_files(tmp_path / "cut")[0]
     broken.write_bytes(broken.read_bytes()[:-10])
     with pytest.warns(AccVideoWarning, match="is left out"):
