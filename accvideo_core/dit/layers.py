@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
 from .attention import attention
+
+if TYPE_CHECKING:  # needs torch.distributed, which not every build of torch has
+    from .sequence import Split
 
 
 def timestep_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000.0) -> Tensor:
@@ -67,6 +70,17 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, N, 3*D), rows q then k then v -> three (B, heads, N, d)."""
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
+
+
+def rotary_attention(
+    q: Tensor, k: Tensor, v: Tensor, rope: Tensor, key_lengths: Sequence[int] | None, kernel: str, split: Split | None
+) -> Tensor:
+    """q, k, v (B, heads, N, d) turned by rope and attended: (B, N, heads*d). With `split`, N are this process's tokens, and
+    rope and key lengths those of the whole sequence."""
+    if split is not None:
+        q, k, v = split.to_heads(q, k, v)
+    attended = attention(apply_rope(q, rope), apply_rope(k, rope), v, key_lengths, kernel)
+    return attended if split is None else split.to_tokens(attended)
 
 
 class MLPEmbedder(nn.Module):
@@ -230,7 +244,14 @@ class DoubleStreamBlock(nn.Module):
             self.add_module(f"{stream}_mlp", MLP(dim, inner, ops, **kw))
 
     def forward(
-        self, img: Tensor, txt: Tensor, vec: Tensor, rope: Tensor, key_lengths: Sequence[int] | None, kernel: str
+        self,
+        img: Tensor,
+        txt: Tensor,
+        vec: Tensor,
+        rope: Tensor,
+        key_lengths: Sequence[int] | None,
+        kernel: str,
+        split: Split | None = None,
     ) -> tuple[Tensor, Tensor]:
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
@@ -241,7 +262,7 @@ class DoubleStreamBlock(nn.Module):
         txt_q, txt_k = self.txt_attn_q_norm(txt_q), self.txt_attn_k_norm(txt_k)
 
         q, k, v = torch.cat((img_q, txt_q), 2), torch.cat((img_k, txt_k), 2), torch.cat((img_v, txt_v), 2)
-        attended = attention(apply_rope(q, rope), apply_rope(k, rope), v, key_lengths, kernel)
+        attended = rotary_attention(q, k, v, rope, key_lengths, kernel, split)
         img_attended, txt_attended = attended[:, : img.shape[1]], attended[:, img.shape[1] :]
 
         img = gated(img, self.img_attn_proj(img_attended), img_gate1)
@@ -264,12 +285,19 @@ class SingleStreamBlock(nn.Module):
         self.pre_norm = ops.LayerNorm(dim, elementwise_affine=False, eps=1e-6, **kw)
         self.modulation = Modulation(dim, 3, ops, **kw)
 
-    def forward(self, x: Tensor, vec: Tensor, rope: Tensor, key_lengths: Sequence[int] | None, kernel: str) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        vec: Tensor,
+        rope: Tensor,
+        key_lengths: Sequence[int] | None,
+        kernel: str,
+        split: Split | None = None,
+    ) -> Tensor:
         shift, scale, gate = self.modulation(vec)
         qkv, hidden = self.linear1(modulate(self.pre_norm(x), shift, scale)).split((3 * self.dim, self.inner), dim=-1)
         q, k, v = split_heads(qkv, self.heads)
-        q, k = apply_rope(self.q_norm(q), rope), apply_rope(self.k_norm(k), rope)
-        attended = attention(q, k, v, key_lengths, kernel)
+        attended = rotary_attention(self.q_norm(q), self.k_norm(k), v, rope, key_lengths, kernel, split)
         return gated(x, self.linear2(torch.cat((attended, gelu(hidden, approximate="tanh")), -1)), gate)
 
 

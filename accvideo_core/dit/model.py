@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -28,6 +28,11 @@ from .layers import (
     VectorEmbedder,
     rope_table,
 )
+
+if TYPE_CHECKING:  # needs torch.distributed, which not every build of torch has
+    from torch.distributed import ProcessGroup
+
+    from .sequence import Split
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class HunyuanVideoDiT(nn.Module):
     ops          namespace of Linear, LayerNorm, RMSNorm and Conv3d (torch.nn, or a host's casting layers)
     checkpointing (attribute) recomputes each block in the backward pass to save memory
     attention_kernel (attribute) names the kernel of `dit.attention`
+    sequence_group (attribute) the processes, each with the same inputs, that share the tokens of a sample; None for one alone
     """
 
     def __init__(self, config: DiTConfig, ops: Any = nn, device: Any = None, dtype: torch.dtype | None = None) -> None:
@@ -77,6 +83,7 @@ class HunyuanVideoDiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.attention_kernel = "sdpa"
+        self.sequence_group: ProcessGroup | None = None
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         dim, heads, inner = config.hidden_size, config.num_heads, config.mlp_dim
         self.img_in = PatchEmbed(config.patch_size, config.in_channels, dim, ops, **kw)
@@ -140,25 +147,30 @@ class HunyuanVideoDiT(nn.Module):
 
         txt = self.txt_in(text.to(dtype), t, lengths, kernel)
         img = self.img_in(latent.to(dtype))
-        n = img.shape[1]
+        n, split = img.shape[1], None
+        if self.sequence_group is not None:
+            from .sequence import Split
+
+            split = Split.over(self.sequence_group, n, self.config.num_heads)
+            img = split.cut(img)
         key_lengths = None if lengths is None else tuple(n + length for length in lengths)
         rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device, txt.shape[1])
 
         found: dict[str, Tensor] = {}
         for i, block in enumerate(self.double_blocks):
-            img, txt = self._run(block, img, txt, vec, rope, key_lengths, kernel)
+            img, txt = self._run(block, img, txt, vec, rope, key_lengths, kernel, split)
             if f"double_blocks.{i}" in wanted:
-                found[f"double_blocks.{i}"] = img
+                found[f"double_blocks.{i}"] = joined(img, split)
             if stop_early and len(found) == len(wanted) > 0:
                 return None, found
-        x = torch.cat((img, txt), 1)
+        own, x = img.shape[1], torch.cat((img, txt), 1)
         for i, block in enumerate(self.single_blocks):
-            x = self._run(block, x, vec, rope, key_lengths, kernel)
+            x = self._run(block, x, vec, rope, key_lengths, kernel, split)
             if f"single_blocks.{i}" in wanted:
-                found[f"single_blocks.{i}"] = x[:, :n]
+                found[f"single_blocks.{i}"] = joined(x[:, :own], split)
             if stop_early and len(found) == len(wanted) > 0:
                 return None, found
-        velocity = self._unpatch(self.final_layer(x[:, :n], vec), grid).to(latent.dtype)
+        velocity = self._unpatch(joined(self.final_layer(x[:, :own], vec), split), grid).to(latent.dtype)
         return (velocity, found) if wanted else velocity
 
     def _run(self, block: nn.Module, *args: Any) -> Any:
@@ -185,6 +197,11 @@ class HunyuanVideoDiT(nn.Module):
                 f"no block named {', '.join(unknown)}; blocks are double_blocks.0 to {self.block_names()[-1]}"
             )
         return frozenset(features)
+
+
+def joined(x: Tensor, split: Split | None) -> Tensor:
+    """All image tokens of a sample, from those of this process."""
+    return x if split is None else split.join(x)
 
 
 def trim_text(text: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple[int, ...] | None]:
