@@ -48,7 +48,7 @@ class Health:
 
 
 _CURE = (
-    "the student learns little from it: lower --head-lr, set --r1-weight (10 to 100), or look whether the student's clips have "
+    "the student learns little from it: lower --head-lr, set --r1-weight (100, say), or look whether the student's clips have "
     "collapsed"
 )
 
