@@ -128,6 +128,7 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]], estimates: Mapping[st
                 axes.plot(seeds, [place + 0.25] * len(seeds), ".", color=colour, alpha=0.5, markersize=4)
         if measure.ideal is not None:
             axes.axvline(measure.ideal, color="0.4", linestyle="--", linewidth=0.8)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yticks(range(len(names)), [ARMS[arm].what for arm in names])
     axes.invert_yaxis()
     for empty in grid.flat[len(MEASURES) :]:

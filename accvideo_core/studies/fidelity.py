@@ -26,7 +26,7 @@ from ..tiny.clips import CLASSES, FRAMES, SIZE, keyed_generator
 from ..tiny.pipeline import PRESET, TinyPipeline, latent_shape
 from ..tiny.vae import LATENT_SCALE, to_pixels
 from . import metrics
-from .exam import Reads, Row, read_clips, rights
+from .exam import Reads, Row, read_clips, rights, wilson
 from .metrics import Estimate, Statistic, jackknife
 
 KEYS = PRESET.keys or 5
@@ -96,7 +96,8 @@ def forced(pipeline: TinyPipeline, rows: Sequence[Row], teacher: Tensor, sigmas:
 def fidelity(model: Made, teacher: Made, forced: Tensor, rows: Sequence[Row]) -> dict[str, Any]:
     """Every measure with its 95 % interval over the rows, as nested dictionaries with `Estimate`s:
 
-    right, right_ratio         share of clips that show all that was asked for and are clean; over the teacher's on the same rows
+    right, right_ratio         share of clips that show all that was asked for and are clean (Wilson's interval); over the
+                               teacher's on the same rows
     open_tv                    total variation between the model's and the teacher's open attributes
     trajectory_error           per key, RMS distance to the teacher's key over the distance the teacher went: teacher_forced since
                                its key before, self_rolled since the noise
@@ -111,7 +112,8 @@ def fidelity(model: Made, teacher: Made, forced: Tensor, rows: Sequence[Row]) ->
 
     found: dict[str, Any] = {}
     right, wanted = (torch.tensor(rights(made.reads, rows), dtype=torch.float64) for made in (model, teacher))
-    found["right"] = {"model": measured(_mean(right)), "teacher": measured(_mean(wanted))}
+    shares = {"model": float(right.sum()), "teacher": float(wanted.sum())}
+    found["right"] = {name: Estimate(hits / count, *wilson(hits, count)) for name, hits in shares.items()}
     found["right_ratio"] = measured(metrics.ratio(right, wanted)) if float(wanted.sum()) else None
     found["open_tv"] = {
         kind: measured(statistic) if (statistic := _open_tv(kind, model.reads, teacher.reads, rows)) else None for kind in CLASSES
@@ -147,10 +149,6 @@ def fidelity(model: Made, teacher: Made, forced: Tensor, rows: Sequence[Row]) ->
     spread = [distance(made.first[:, 0], made.second[:, 0]) for made in (model, teacher)]
     found["diversity"] = measured(metrics.ratio(*spread))
     return found
-
-
-def _mean(values: Tensor) -> Statistic:
-    return lambda index: float(values[index].mean())
 
 
 def _quotient(upper: Statistic, lower: Statistic) -> Statistic:

@@ -76,6 +76,8 @@ class ToyNet(nn.Module):
     """Velocity (B, 1) at x (B, 1) and sigma (B,): a residual network with batch norm and an embedded time. On signals of length
     one a Conv1d is a Linear, so that is what it has."""
 
+    frequencies: Tensor
+
     def __init__(self, width: int, blocks: int = 3) -> None:
         super().__init__()
         self.register_buffer("frequencies", torch.exp(torch.linspace(0, 4, 16)))
@@ -238,9 +240,9 @@ def study(args: ToyArgs) -> tuple[dict[str, Any], dict[str, Any]]:
         wanted = trajectories(velocity, noise, sigmas)[-1]
         few = flow_sigmas(args.keys, args.shift)
         samples = {"teacher": wanted, "teacher, few steps": trajectories(velocity, noise, few)[-1]}
-        for mismatch in (None, *args.mismatches):
-            label = "trajectories" if mismatch is None else f"forward diffusion, M = {mismatch:g}"
-            student = distill(args, network, segments(args, velocity, mismatch), f"{name}, {label}")
+        for start in (None, *args.mismatches):
+            label = "trajectories" if start is None else f"forward diffusion, M = {start:g}"
+            student = distill(args, network, segments(args, velocity, start), f"{name}, {label}")
             samples[label] = trajectories(student, noise, few)[-1]
         outcomes = {label: outcome(made, wanted) for label, made in samples.items()}
         numbers["teachers"][name] = {"useless": useless, "outcomes": outcomes}
@@ -301,11 +303,11 @@ def draw(path: Path, args: ToyArgs, numbers: dict[str, Any], drawn: dict[str, An
         "1-Wasserstein distance to the teacher's samples",
     )
     for found, style in zip(numbers["teachers"].values(), ("-", "--"), strict=True):
-        far = {label: value["wasserstein"] for label, value in found["outcomes"].items()}
+        distances = {label: value["wasserstein"] for label, value in found["outcomes"].items()}
         named = (lambda text: text) if style == "-" else (lambda text: None)  # each colour once in the legend
         for label, colour in (("trajectories", plots.GREEN), ("teacher, few steps", plots.GREY)):
-            axes.axhline(far[label], color=colour, linestyle=style, label=named(label))
-        forward = [far[f"forward diffusion, M = {m:g}"] for m in args.mismatches]
+            axes.axhline(distances[label], color=colour, linestyle=style, label=named(label))
+        forward = [distances[f"forward diffusion, M = {m:g}"] for m in args.mismatches]
         axes.plot(args.mismatches, forward, "o" + style, color=plots.VERMILION, label=named("forward diffusion"))
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
