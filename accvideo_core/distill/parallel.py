@@ -193,7 +193,8 @@ class World:
             frozen = {name for name, p in network.named_parameters() if trainable and not p.requires_grad}
             return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items() if name not in frozen}
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable)
-        return get_model_state_dict(network, options=options)
+        state: dict[str, Any] = dict(get_model_state_dict(network, options=options))
+        return state
 
     def barrier(self) -> None:
         """Wait for the others."""

@@ -24,9 +24,10 @@ from ..errors import InvalidValueError
 @dataclass(frozen=True)
 class Split:
     """This process's share of a sequence: `tokens` image tokens cut into `size` runs of equal length, the last one filled up
-    with zeros, whose outputs are dropped before anything could see them."""
+    with zeros, whose outputs are dropped before anything could see them. `group` is a process group's name, to the compiler a
+    constant."""
 
-    group: str
+    group: Any
     size: int
     rank: int
     tokens: int
@@ -83,7 +84,7 @@ class _Exchange(torch.autograd.Function):
     torch's own differentiable collectives do not take."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return wait_tensor(all_to_all_single(x.contiguous(), None, None, group))
 
@@ -96,7 +97,7 @@ class _Gather(torch.autograd.Function):
     """All-gather over the first dimension; of the gradients each process gets the sum of what all found for its part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
         return wait_tensor(all_gather_tensor(x.contiguous(), 0, group))
 
