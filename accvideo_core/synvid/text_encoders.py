@@ -151,7 +151,7 @@ def _warn_of_cut(prompt: str, limit: int, left_out: str) -> None:
 def _load_model(hub: ModuleType, folder: Path, part: str) -> Any:
     """The part's model, every weight of which must come from the folder."""
     kind, known = kind_of(folder), _MODELS[part]
-    if kind not in known:
+    if kind is None or kind not in known:
         raise CheckpointError(f"{str(folder)!r} holds a {kind!r} model; as the {part} it must be {' or '.join(known)}")
     name, inner = known[kind]
     model, said = _attempt(

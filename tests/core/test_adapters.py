@@ -23,9 +23,11 @@ from accvideo_core.errors import CheckpointError, InvalidValueError, SynVidError
 from accvideo_core.lora import merge_lora, read_lora
 from accvideo_core.sampling import make_noise
 from accvideo_core.schedule import PRESETS, flow_sigmas
-from accvideo_core.synvid import Header, SynVidDataset, SynVidStore
+from accvideo_core.synvid import Header, SynVidDataset, SynVidReader, SynVidStore
 from accvideo_core.synvid.capture import PaddedTexts, capture, pad_texts, with_cfg
+from accvideo_core.synvid.merge import merge_synvid
 from accvideo_core.synvid.plan import NEGATIVES, Plan
+from accvideo_core.synvid.texts import text_file
 from tests.networks import random_weights
 
 SIZES = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 16, "ffn_dim": 32, "num_layers": 3}
@@ -367,6 +369,16 @@ def test_another_teacher_is_refused(wan_files, captured, tmp_path, capsys):
     command = words(wan_files[0], "--out", str(captured), "--teacher", str(tmp_path / "wan.safetensors"))
     assert cli.main(command) == 1
     assert "made in another way (fingerprint: " in capsys.readouterr().err
+
+
+def test_a_dataset_takes_its_negative_prompt_along(captured, tmp_path):
+    assert merge_synvid([captured], tmp_path / "merged").damages == ()
+    merged = SynVidReader(tmp_path / "merged")
+    assert merged.verify() == []
+    (tmp_path / "merged" / text_file(merged.header.negative_text)).unlink()
+    (damage,) = merged.verify()
+    assert damage.id == "" and "cannot be read" in damage.what
+    assert merge_synvid([tmp_path / "merged"], tmp_path / "again").damages == (damage,)
 
 
 def test_guidance_by_two_passes_is_for_every_architecture(tmp_path):

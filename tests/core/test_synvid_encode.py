@@ -186,13 +186,13 @@ def test_tencents_layout_and_the_whole_llava_give_the_same(folder, encoder, tmp_
 @pytest.fixture(scope="module")
 def wan_folder(tmp_path_factory):
     """UMT5 as diffusers lays Wan's out, small and random; its tokenizer knows letters alone."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
     path = tmp_path_factory.mktemp("wan")
     letters = [(piece, -1.0) for piece in ("<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127)), "静", "态")]
     splitter = Tokenizer(models.Unigram(letters, unk_id=2))
-    splitter.pre_tokenizer = pre_tokenizers.Metaspace()
+    splitter.pre_tokenizer, splitter.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     splitter.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
     tokenizer.save_pretrained(path / "tokenizer")
@@ -211,7 +211,7 @@ def test_wans_text_encoder_is_diffusers(wan_folder, prompt):
 
     encoder = WanText.load(wan_folder, dtype=torch.float32)
     parts = SimpleNamespace(_execution_device="cpu", tokenizer=encoder._tokenizer, text_encoder=encoder._model)
-    theirs = WanPipeline._get_t5_prompt_embeds(parts, prompt, max_sequence_length=512)[0]
+    theirs = WanPipeline._get_t5_prompt_embeds(parts, prompt, max_sequence_length=512)[0].detach()
     cut = pytest.warns(AccVideoWarning, match="than 512 tokens; left out: .*the end") if len(prompt) > 512 else nullcontext()
     with cut:
         text, pooled = encoder.encode(prompt)
