@@ -96,8 +96,9 @@ def test_the_trajectory_loss_falls_to_the_trajectories_it_sees_again_and_again()
             return super().batch(0, key)
 
     seen: list[dict[str, float]] = []
-    trainer(source=Few(), adversarial_weight=0.0, iterations=20, lr=1e-2, observers=[lambda _, s: seen.append(dict(s))]).run()
-    assert all(seen[-1][f"trajectory/key_{key}"] < 0.5 * seen[0][f"trajectory/key_{key}"] for key in (0, 1))
+    sees = [lambda _, scalars: seen.append(dict(scalars))]
+    trainer(source=Few(2), batch=2, adversarial_weight=0.0, iterations=20, lr=5e-3, observers=sees).run()
+    assert all(seen[-1][f"trajectory/key_{key}"] < 0.6 * seen[0][f"trajectory/key_{key}"] for key in (0, 1))
 
 
 def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
