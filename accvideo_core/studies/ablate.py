@@ -142,7 +142,7 @@ def prepare(args: AblateArgs) -> Study:
     recipe |= {"plan": str(keyed_generator(told).initial_seed()), "dataset": dataset.digest}
     recipe |= {part: part_hash(part) for part in ("encoder", "text_encoder", "teacher")}
     path = args.out / "study.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    earlier = read_json(path, "delete it to begin the study anew") if path.exists() else None
     recipe["updates"] = args.updates or (earlier or {}).get("updates")
     study = Study(args, device, adapter, teacher, dataset, rows, recipe)
     if recipe["updates"] is None:
@@ -276,14 +276,22 @@ def teacher_made(study: Study) -> Made:
 
 def read_result(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
     """An arm's result, or None if it is to be done. InvalidValueError for one of another study, CheckpointError for a damaged."""
+    cure = "delete it to do that arm again"
     if not path.exists():
         return None
+    found = read_json(path, cure)
+    check_made_from(path, found.get("recipe", {}), dict(recipe), cure)
+    return found
+
+
+def read_json(path: Path, cure: str) -> dict[str, Any]:
+    """A file's object; CheckpointError, with the cure, if it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        earlier = found["recipe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"cannot read {str(path)!r} ({error}); delete it to do that arm again") from error
-    check_made_from(path, earlier, dict(recipe), "delete it to do that arm again")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r} ({error}); {cure}") from error
     return found
 
 
