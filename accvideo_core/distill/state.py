@@ -111,11 +111,12 @@ def load(checkpoint: Path, parts: Parts) -> Any:
     Raises CheckpointError for a damaged checkpoint, and for parts whose tensors differ in name or shape, naming them.
     """
     rest, reader = _open(checkpoint)
-    metadata = reader.read_metadata()
     states = {name: _state(part) for name, part in parts.items()}
     tensors, values = _separate(states)
-    stored = {key: item.size for key, item in metadata.state_dict_metadata.items()} | dict.fromkeys(rest["values"])
-    wanted = {key: tensor.shape for key, tensor in tensors.items()} | dict.fromkeys(values)
+    stored: dict[str, torch.Size | None] = {key: item.size for key, item in reader.tensors().items()}
+    wanted: dict[str, torch.Size | None] = {key: tensor.shape for key, tensor in tensors.items()}
+    stored |= dict.fromkeys(rest["values"])
+    wanted |= dict.fromkeys(values)
     _compare(checkpoint, wanted, {key: size for key, size in stored.items() if key.split("/")[0] in parts})
     _read(tensors, reader, checkpoint)
     for key in values:
@@ -131,7 +132,7 @@ def read(checkpoint: Path, part: str) -> dict[str, Any]:
     rest, reader = _open(checkpoint)
     found = {
         key: torch.empty(item.size, dtype=item.properties.dtype)
-        for key, item in reader.read_metadata().state_dict_metadata.items()
+        for key, item in reader.tensors().items()
         if key.split("/")[0] == part
     }
     _read(found, reader, checkpoint)
@@ -181,7 +182,7 @@ def _put(states: dict[str, Any], path: str, value: Any) -> None:
     states[name] = tuple(value) if isinstance(states.get(name), tuple) else value
 
 
-def _open(checkpoint: Path) -> tuple[dict[str, Any], dcp.FileSystemReader]:
+def _open(checkpoint: Path) -> tuple[dict[str, Any], _Reader]:
     try:
         rest = json.loads((checkpoint / _REST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -212,11 +213,7 @@ def _compare(checkpoint: Path, wanted: Mapping[str, torch.Size | None], stored: 
     problems = [
         *(f"{key} is not in it" for key in wanted if key not in stored),
         *(f"{key} has no place here" for key in stored if key not in wanted),
-        *(
-            f"{key} is {tuple(stored[k])}, not {tuple(wanted[k])}"
-            for key in wanted
-            if (k := key) in stored and stored[k] != wanted[k]
-        ),
+        *(f"{k} is {_shape(stored[k])}, not {_shape(wanted[k])}" for k in wanted if k in stored and stored[k] != wanted[k]),
     ]
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
@@ -258,13 +255,25 @@ class _Reader(dcp.FileSystemReader):
             metadata = _Metadata(file).load()
         if not isinstance(metadata, Metadata):
             raise CheckpointError(f"{str(self.path)!r} has an index that is none")
-        for key, item in metadata.state_dict_metadata.items():
-            if not isinstance(item, TensorStorageMetadata):
-                raise CheckpointError(f"{str(self.path)!r} holds {key}, which is no tensor; this checkpoint comes from elsewhere")
+        _tensors(metadata)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+    def tensors(self) -> dict[str, TensorStorageMetadata]:
+        """Shape and dtype of every tensor."""
+        return _tensors(self.read_metadata())
+
+
+def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Everything in an index, which may hold nothing but tensors: torch unpickles what is none."""
+    found = {}
+    for key, item in metadata.state_dict_metadata.items():
+        if not isinstance(item, TensorStorageMetadata):
+            raise CheckpointError(f"a checkpoint's tensors include {key}, which is none; this one comes from elsewhere")
+        found[key] = item
+    return found
 
 
 def _whole(folder: Path) -> list[Path]:
