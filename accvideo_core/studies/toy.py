@@ -279,8 +279,8 @@ def draw(path: Path, args: ToyArgs, numbers: dict[str, Any], drawn: dict[str, An
     for column, mismatch in enumerate(args.mismatches):
         axes = figure.add_subplot(grid[0, 3 * column : 3 * column + 3])
         useless = numbers["teachers"]["trained"]["useless"][mismatch]["value"]
-        paper = f", paper {PAPER[mismatch]:.1%}" if mismatch in PAPER else ""
-        plots.bare(axes, f"M = {mismatch:g}: {useless:.1%} useless{paper}", "sigma", "x" if column == 0 else "")
+        paper = f" (paper {PAPER[mismatch]:.1%})" if mismatch in PAPER else ""
+        plots.bare(axes, f"M = {mismatch:g}\n{useless:.1%} useless{paper}", "sigma", "x" if column == 0 else "")
         axes.plot(sigmas, paths[:, :60, 0], color=plots.SKY, linewidth=0.5, alpha=0.6)
         generator = keyed_generator(args.seed, "drawn", str(mismatch))
         for sigma, states in zip(sigmas[1:], paths[1:], strict=True):
@@ -300,7 +300,7 @@ def draw(path: Path, args: ToyArgs, numbers: dict[str, Any], drawn: dict[str, An
         figure.add_subplot(grid[1, third : 2 * third]),
         f"{args.keys}-step students, closed form (line) and trained (dashed) teacher",
         "mismatch M",
-        "1-Wasserstein distance to the teacher's samples",
+        "distance to the teacher's samples",
     )
     for found, style in zip(numbers["teachers"].values(), ("-", "--"), strict=True):
         distances = {label: value["wasserstein"] for label, value in found["outcomes"].items()}
