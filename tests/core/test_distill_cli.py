@@ -61,7 +61,7 @@ def test_from_prompts_to_a_student_of_the_tiny_world(tmp_path: Path, capsys: pyt
     plan, data, out = tmp_path / "plan", tmp_path / "data", tmp_path / "run"
     for line in (
         f"encode {prompts} -o {plan} --device cpu",
-        f"capture --plan {plan} -o {data} --batch 4 --device cpu",
+        f"capture --plan {plan} -o {data} --batch 4 --steps 10 --device cpu",
         f"distill --dataset {data} -o {out} --iterations 1 --batch 2 --held-out 2 --head-channels 16 --device cpu",
         f"generate ball --student {out / 'student.safetensors'} -o {tmp_path / 'a.mp4'} --device cpu",
     ):
