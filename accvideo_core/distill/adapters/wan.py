@@ -43,14 +43,14 @@ class WanTexts:
 
 
 class WanAdapter(Adapter):
-    """`WanTransformer3DModel` without image input, from and to Wan's own names."""
+    """`WanTransformer3DModel` without image input, from and to Wan's own names. Networks are Any: diffusers has no types."""
 
     @staticmethod
-    def family_of(network: nn.Module) -> str | None:
+    def family_of(network: Any) -> str | None:
         names = {kind.__name__ for kind in type(network).__mro__}
         return "wan-t2v-14b" if "WanTransformer3DModel" in names and network.config.image_dim is None else None
 
-    def velocity(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
+    def velocity(self, network: Any, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         self.grid(network, latent.shape)  # the network would cut off what makes no whole patch
         if latent.shape[1] != network.config.in_channels:
             raise InvalidValueError(f"the latent must be (B, {network.config.in_channels}, T, H, W), got {tuple(latent.shape)}")
@@ -63,19 +63,19 @@ class WanAdapter(Adapter):
         )[0]
         return predicted.to(latent.dtype)
 
-    def features(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any, block: str) -> Tensor:
+    def features(self, network: Any, latent: Tensor, sigma: Tensor, conditioning: Any, block: str) -> Tensor:
         self.check_block(network, block)
         with _ending_after(network, int(block.removeprefix("blocks."))) as tap:
             self.velocity(network, latent, sigma, conditioning)
         return tap.tokens
 
-    def block_names(self, network: nn.Module) -> tuple[str, ...]:
+    def block_names(self, network: Any) -> tuple[str, ...]:
         return tuple(f"blocks.{i}" for i in range(network.config.num_layers))
 
-    def width(self, network: nn.Module) -> int:
+    def width(self, network: Any) -> int:
         return int(network.config.num_attention_heads * network.config.attention_head_dim)
 
-    def patch(self, network: nn.Module) -> tuple[int, int, int]:
+    def patch(self, network: Any) -> tuple[int, int, int]:
         frames, height, width = network.config.patch_size
         return frames, height, width
 
@@ -88,10 +88,10 @@ class WanAdapter(Adapter):
         text = texts.text if texts.mask is None else torch.where(texts.mask[..., None], texts.text, 0.0)
         return WanTexts(pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1])))
 
-    def check_text(self, network: nn.Module, text: Tensor, pooled: Tensor | None) -> None:
+    def check_text(self, network: Any, text: Tensor, pooled: Tensor | None) -> None:
         self.check_widths((text.shape[-1], None if pooled is None else len(pooled)), (network.config.text_dim, None))
 
-    def embeds_guidance(self, network: nn.Module) -> bool:
+    def embeds_guidance(self, network: Any) -> bool:
         return False
 
     def load(self, path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
@@ -101,7 +101,7 @@ class WanAdapter(Adapter):
                 raise CheckpointError(f"{path} is of the family {checkpoint.family}, not {self.family}; choose another file")
             dtype = checkpoint.compute_dtype if dtype is None else dtype
             with torch.device("meta"):
-                network: nn.Module = kind.from_config(diffusers_config(checkpoint.config))
+                network: Any = kind.from_config(diffusers_config(checkpoint.config))
             state = {}
             for key in checkpoint:
                 (name,) = WAN_DIFFUSERS.stored(key)
@@ -128,7 +128,7 @@ class WanAdapter(Adapter):
         for name, tensor in state.items():
             yield WAN_DIFFUSERS.original(name) or name, tensor
 
-    def set_checkpointing(self, network: nn.Module, on: bool) -> None:
+    def set_checkpointing(self, network: Any, on: bool) -> None:
         (network.enable_gradient_checkpointing if on else network.disable_gradient_checkpointing)()
 
 
@@ -143,7 +143,7 @@ class _Tap(nn.Module):
 
 
 @contextlib.contextmanager
-def _ending_after(network: nn.Module, block: int) -> Iterator[_Tap]:
+def _ending_after(network: Any, block: int) -> Iterator[_Tap]:
     """The network runs to that block alone: its forward sees a shorter list of blocks, while all stay registered, so that
     sharding, which looks for them at the first call, finds them. A hook would not be seen by a compiled block."""
     tap = _Tap()
