@@ -217,7 +217,8 @@ def measured_updates(study: Study, iterations: int = 2) -> int:
 def do(study: Study, name: str, seed: int, folder: Path, wanted: Made) -> None:
     """Train an arm, judge it, keep its result."""
     arm, args, updates = ARMS[name], study.args, study.recipe["updates"]
-    network, seconds, last = study.teacher, 0.0, {}
+    network, seconds = study.teacher, 0.0
+    last: dict[str, float] = {}
     if arm.config is not None:
         start = time.perf_counter()
         with tqdm(total=arm.iterations(updates), desc=f"{name}, seed {seed}", disable=args.json, leave=False) as bar:

@@ -46,7 +46,7 @@ def _single(start: int, end: int) -> tuple[str, ...]:
 
 
 def arguments(out: Path, **changes) -> ablate.AblateArgs:
-    small = dict(arms=DONE, seeds=(0, 1), minutes=1e-4, batch=2, trajectories=3, rows=2, device="cpu", json=True)
+    small = dict(arms=DONE, seeds=(1,), minutes=1e-4, batch=2, trajectories=3, rows=2, device="cpu", json=True)
     return ablate.AblateArgs(out=out, **small | changes)
 
 
@@ -68,12 +68,12 @@ def test_every_arm_updates_the_student_as_often() -> None:
 
 
 def test_a_study_leaves_results_table_and_figure(done: Path) -> None:
-    for arm, seed in (("teacher-5", 0), ("full", 0), ("full", 1), ("forward-mismatched", 1)):
+    for arm, seed in (("teacher-5", 0), ("full", 1), ("forward-mismatched", 1)):
         result = json.loads((done / arm / f"seed-{seed}" / "result.json").read_text())
         assert (result["arm"], result["seed"], result["score"]["clips"]) == (arm, seed, 2)
         assert (result["config"] is None) == (arm == "teacher-5")
         assert not (done / arm / f"seed-{seed}" / "checkpoints").exists()
-    full = json.loads((done / "full" / "seed-0" / "result.json").read_text())
+    full = json.loads((done / "full" / "seed-1" / "result.json").read_text())
     assert full["recipe"]["updates"] == 10 and full["config"]["iterations"] == 1 and "logits/real/key_0" in full["last"]
     assert not (done / "teacher-5" / "seed-1").exists() and not (done / "adversarial").exists()
     table = (done / "ablation.md").read_text()
@@ -86,7 +86,7 @@ def test_what_is_done_is_not_done_again(done: Path, monkeypatch, capsys) -> None
     for name in ("do", "teacher_made", "measured_updates"):
         monkeypatch.setattr(ablate, name, lambda *_: pytest.fail("it was done already"))
     assert ablate.run(arguments(done)) == 0
-    assert len(json.loads(capsys.readouterr().out)) == 5
+    assert len(json.loads(capsys.readouterr().out)) == 3
 
 
 def test_an_arm_goes_on_where_it_was_stopped(done: Path, tmp_path: Path, monkeypatch) -> None:

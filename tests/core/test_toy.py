@@ -14,7 +14,7 @@ from accvideo_core.schedule import flow_sigmas
 from accvideo_core.studies import toy
 from accvideo_core.tiny.clips import keyed_generator
 
-SMALL = dict(iterations=40, student_iterations=10, batch=64, width=8, trajectories=64, repeats=2)
+SMALL = dict(iterations=10, student_iterations=3, batch=64, width=8, trajectories=64, repeats=2)
 
 
 def test_the_exact_velocity_is_the_mean_of_noise_minus_data() -> None:
