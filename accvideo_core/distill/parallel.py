@@ -187,14 +187,16 @@ class World:
         return torch.cat(parts)
 
     def full_state(self, network: nn.Module, trainable: bool = False) -> dict[str, Tensor]:
-        """The network's whole state, or what of it is trained, on the CPU of the main process; {} on the others. All must
-        call it."""
+        """A copy of the network's whole state, or of what is trained of it, on the CPU of the main process; {} on the others.
+        All must call it."""
         if self.mesh is None:
             frozen = {name for name, p in network.named_parameters() if trainable and not p.requires_grad}
-            return {name: tensor.detach().cpu() for name, tensor in network.state_dict().items() if name not in frozen}
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable)
-        state: dict[str, Any] = dict(get_model_state_dict(network, options=options))
-        return state
+            state = {name: tensor.detach() for name, tensor in network.state_dict().items() if name not in frozen}
+        else:
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trainable)
+            state = dict(get_model_state_dict(network, options=options))
+        # What is on the CPU already may be the network's own memory, which `Ema.swapped` changes back.
+        return {name: tensor.to("cpu", copy=self.device.type == "cpu") for name, tensor in state.items()}
 
     def barrier(self) -> None:
         """Wait for the others."""

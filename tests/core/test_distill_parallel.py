@@ -360,6 +360,14 @@ class TestEma:
             torch.testing.assert_close(layer.weight.detach(), expected)
         assert torch.equal(layer.weight, own)
 
+    def test_what_was_taken_of_the_averages_stays_theirs_after_the_swap(self) -> None:
+        layer = torch.nn.Linear(3, 2)
+        ema = Ema(layer, 0.9)
+        ema.averages["weight"] += 1
+        with ema.swapped(layer):
+            taken = World().full_state(layer)
+        assert torch.equal(taken["weight"], ema.averages["weight"]) and not torch.equal(taken["weight"], layer.weight)
+
     def test_the_networks_own_weights_come_back_after_an_error_too(self) -> None:
         layer = torch.nn.Linear(3, 2)
         ema, own = Ema(layer, 0.9), layer.weight.detach().clone()
