@@ -43,6 +43,7 @@ class Run:
 
 
 def write_until_killed(folder: Path) -> None:
+    torch.set_num_threads(1)  # the threads of the process it was forked from are not there to wait for
     last = state.newest(folder)
     for step in itertools.count(0 if last is None else state.step_of(last) + 1):
         state.save(folder, step, {"all": {"x": torch.full((400_000,), float(step)), "step": step}}, keep=2)
@@ -106,6 +107,7 @@ class TestWholeness:
             process.start()
             begun = state.newest(tmp_path)
             while state.newest(tmp_path) == begun:
+                assert process.is_alive(), "it writes until it is killed"
                 time.sleep(0.001)
             time.sleep(delay)
             process.kill()
