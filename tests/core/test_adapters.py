@@ -175,9 +175,10 @@ def test_a_network_survives_its_file_under_interchange_names(teacher, tmp_path):
         assert (checkpoint.family, checkpoint.layout, checkpoint.metadata["step"]) == (adapter.family, "original", "3")
         assert adapter_for(checkpoint) == adapter_for(file) == adapter_for(network) == adapter
     again = adapter.load(file)
-    assert torch.equal(adapter.velocity(again, *inputs), adapter.velocity(network, *inputs))
+    state, found = network.state_dict(), again.state_dict()
+    assert state.keys() == found.keys() and all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    torch.testing.assert_close(adapter.velocity(again, *inputs), adapter.velocity(network, *inputs))  # threads round by turns
     assert adapter.fingerprint(again) == adapter.fingerprint(network)
-    state = network.state_dict()
     del state[next(name for name in state if "blocks.0." in name)]
     with pytest.raises(CheckpointError, match="1 missing"):
         adapter.export(state, tmp_path / "other.safetensors")

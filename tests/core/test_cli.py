@@ -151,7 +151,8 @@ def test_every_command_has_its_wing_and_explains_its_arguments(name: str, capsys
     assert f"usage: accvideo {name}" in out
     for field in fields(arguments):
         if field.default is not MISSING:
-            assert f"--{field.name.replace('_', '-')}" in out
+            # a switch that is on is told by the word that turns it off
+            assert f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}" in out
 
 
 def test_module_is_the_command_and_a_closed_pipe_is_no_traceback() -> None:
