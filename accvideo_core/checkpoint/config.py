@@ -154,7 +154,8 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def _depth(names: Collection[str], stem: str) -> int:
-    numbers = [int(found[1]) for name in names if (found := re.match(rf"{re.escape(stem)}\.(\d{{1,18}})\.", name))]
+    numbered = re.compile(rf"{re.escape(stem)}\.(\d{{1,18}})\.")
+    numbers = [int(found[1]) for name in names if (found := numbered.match(name))]
     depth = max(numbers, default=-1) + 1
     if depth > len(names):
         raise CheckpointError(f"it has a block {stem}.{depth - 1} but only {len(names)} tensors; the names are damaged")

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from accvideo_core.checkpoint import (
+    SafetensorsFile,
     expected_shapes,
     infer_config,
     load_student,
@@ -290,6 +291,17 @@ class TestDamaged:
                 handle.truncate(file.stat().st_size - 1)
             with pytest.raises(CheckpointError, match=f"ended .*{last}.* is it still being written"):
                 checkpoint.read(last, mapped)
+
+    def test_large_tensors_are_read_in_parts(self, tmp_path, monkeypatch):
+        """By threads, whole and in place; a part that the file has no longer is an error like any other."""
+        monkeypatch.setattr("accvideo_core.checkpoint.safetensors_file._CHUNK", 1000)
+        save_file({"a": torch.ones(3), "large": torch.arange(50_001)}, tmp_path / "f")
+        file = SafetensorsFile(tmp_path / "f")
+        assert torch.equal(file.read("large"), torch.arange(50_001)) and torch.equal(file.read("a"), torch.ones(3))
+        os.truncate(tmp_path / "f", (tmp_path / "f").stat().st_size - 200_000)
+        with pytest.raises(CheckpointError, match=r"ended .*large.* is it still being written"):
+            file.read("large")
+        file.close()
 
     def test_the_file_is_closed_after_an_error(self, tmp_path, state):
         import psutil
