@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -96,8 +97,16 @@ class _WithoutValues:
 
 @functools.lru_cache(16)
 def _network_shapes(config: DiTConfig) -> Mapping[str, tuple[int, ...]]:
-    network = HunyuanVideoDiT(config, _WithoutValues, device="meta")
-    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    """Blocks of a kind are alike, so that one of each is built: half the time of opening a checkpoint otherwise."""
+    depths = {"double_blocks": config.depth_double, "single_blocks": config.depth_single}
+    shallow = replace(config, depth_double=min(1, config.depth_double), depth_single=min(1, config.depth_single))
+    network = HunyuanVideoDiT(shallow, _WithoutValues, device="meta")
+    shapes: dict[str, tuple[int, ...]] = {}
+    for stem, group in itertools.groupby(network.state_dict().items(), lambda item: item[0].split(".")[0]):
+        block = list(group)
+        for i in range(depths.get(stem, 1)):
+            shapes |= {name.replace(f"{stem}.0.", f"{stem}.{i}.", 1): tuple(tensor.shape) for name, tensor in block}
+    return shapes
 
 
 def family_of(config: NetworkConfig) -> str:
