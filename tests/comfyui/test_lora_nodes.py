@@ -145,6 +145,13 @@ def test_a_lora_written_again_is_applied_again(server: Server, weights: Path) ->
     assert relative_error(second, first) > 0.01
 
 
+def test_a_lora_of_pytorchs_own_is_applied_as_any(server: Server, weights: Path) -> None:
+    folder, lora = server.base / "models" / "loras", put_lora(server, weights, name="as-safetensors")
+    torch.save(load_file(folder / lora), folder / "as-pickle.pt")
+    images = [server.latents(applying(stacked(name)), ["4", 0])[0] for name in (lora, "as-pickle.pt")]
+    assert torch.equal(*images)
+
+
 def test_native_lora_nodes_work_beside_ours(server: Server, weights: Path) -> None:
     """ComfyUI's loader on top of our patches: the two add up."""
     whole = put_lora(server, weights, "KJ extraction, fp8", name="native")
