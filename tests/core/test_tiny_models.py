@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -184,6 +185,37 @@ def as_base(tmp_path_factory):
     return folder
 
 
+def test_shape_filters_tell_shapes_apart_from_all_else(as_base):
+    """Between a square and a circle alike in all else they answer far more than the channels do, by their share of a latent."""
+    vae = load_tiny("base", folder=as_base)[2]
+    filters = flow.shape_filters(vae, torch.device("cpu"))
+    torch.testing.assert_close(filters.square().sum((1, 2, 3)), torch.ones(12))
+    scenes = clips.sample_scenes(32, clips.keyed_generator("shapes"))
+    circle, square, other = (
+        vae.encode(to_network(clips.paint(named, clips.coverage(named)), torch.device("cpu"))) * LATENT_SCALE
+        for named in (replace(scenes, shape=torch.full((32,), 0)), replace(scenes, shape=torch.full((32,), 1)), scenes)
+    )
+
+    def share(view):
+        return (view(square) - view(circle)).square().mean() / view(other).var()
+
+    def seen(latents):
+        return torch.nn.functional.conv2d(latents.transpose(1, 2).flatten(0, 1), filters, padding=1)
+
+    assert share(seen) > 4 * share(lambda latents: latents)
+
+
+def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base):
+    task = flow.BaseTask(0, torch.device("cpu"), as_base)
+    difference = make_noise((2, 16, 5, 8, 8), [0, 1])
+    view = torch.nn.functional.conv2d(difference.transpose(1, 2).flatten(0, 1), task.filters, padding=1).unflatten(0, (2, 5))
+    each = (difference.square().mean((1, 2, 3, 4)) + view.square().mean((1, 2, 3, 4))) / 2
+    at = torch.tensor([0.5, 1.0])
+    torch.testing.assert_close(task.error(difference, at), (each / torch.tensor([0.39, 6.3])).mean())
+    between = flow.level_weight(torch.tensor([0.4]))
+    torch.testing.assert_close(between, torch.tensor([(0.55 * 0.39) ** -0.5]))
+
+
 def test_the_teacher_learns_what_guidance_makes_of_two_passes_of_the_base(as_base):
     task = flow.TeacherTask(0, torch.device("cpu"), as_base)
     task.pool.size = 4
@@ -193,7 +225,7 @@ def test_the_teacher_learns_what_guidance_makes_of_two_passes_of_the_base(as_bas
             task.base(batch.noisy, batch.sigma, task.text.condition(prompts, batch.guidance))
             for prompts in (batch.prompts, ["", ""])
         )
-        pushed = ((task.scale - 1) * (said - unsaid)).pow(2).mean()
+        pushed = task.error((task.scale - 1) * (said - unsaid), batch.sigma)
         torch.testing.assert_close(task.loss(0, 4, slice(1, 3)), pushed)  # it starts as the base
         task.scale = 1.0
         assert task.loss(0, 4, slice(1, 3)) < 1e-9 < pushed

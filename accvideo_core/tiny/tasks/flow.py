@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, cross_entropy
+from torch.nn.functional import avg_pool2d, conv2d, cross_entropy, unfold
 from tqdm import tqdm
 
 from ...dit import DiTConfig, HunyuanVideoDiT
@@ -92,6 +93,42 @@ def cell_coverage(scenes: Scenes) -> Tensor:
     return rearrange(cover, "b (n f) (h p) (w q) -> b (n h w) (f p q)", f=4, p=2, q=2)
 
 
+@torch.no_grad()
+def shape_filters(vae: TinyVAE, device: torch.device, count: int = 12, size: int = 256) -> Tensor:
+    """(count, 16, 3, 3): unit filters over a latent frame whose answers change most when a scene's shape does and nothing else,
+    beside what they vary between scenes: generalised eigenvectors of the two covariances."""
+    scenes = sample_scenes(size, keyed_generator(0, "shape filters", 0))
+
+    def patches(shape: Tensor) -> Tensor:
+        named = replace(scenes, shape=shape)
+        latents = vae.encode(to_network(paint(named, coverage(named)), device)) * LATENT_SCALE
+        cells = unfold(rearrange(latents, "b c t h w -> (b t) c h w"), 3, padding=1)
+        return rearrange(cells, "b d n -> (b n) d").double()
+
+    def covariance(x: Tensor) -> Tensor:
+        c = x.mT @ x
+        return c / c.diagonal().mean()
+
+    first, *others = (patches(torch.full_like(scenes.shape, i)) for i in range(len(CLASSES["shape"])))
+    pairs = [first - others[0], first - others[1], others[0] - others[1]]
+    differ = torch.stack([covariance(p) for p in pairs]).mean(0)
+    vary = covariance(patches(scenes.shape)) + 0.05 * torch.eye(len(differ), dtype=differ.dtype, device=device)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(vary))
+    filters = torch.linalg.eigh(whiten @ differ @ whiten.mT)[1].mT.flip(0)[:count] @ whiten
+    return (filters / filters.norm(dim=1, keepdim=True)).float().unflatten(1, (-1, 3, 3))
+
+
+# Flow error of a trained network by sigma, over its mean in training.
+LEVELS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.85, 0.93, 0.97, 1.0)
+LEVEL_ERRORS = (2.0, 1.15, 0.55, 0.39, 0.41, 0.74, 1.8, 3.5, 6.3)
+
+
+def level_weight(sigma: Tensor) -> Tensor:
+    """One over the error to expect at that sigma, so that all noise levels count alike (EDM2, arXiv 2312.02696, learns it):
+    without it those where only place and motion are decided drown the others."""
+    return torch.from_numpy(np.exp(-np.interp(sigma.cpu(), LEVELS, np.log(LEVEL_ERRORS)))).to(sigma)
+
+
 class FlowTask:
     """Flow matching's draws: at latent (1 - sigma) * x0 + sigma * noise the velocity is noise - x0; prompts leave a random part
     of the attributes open."""
@@ -105,9 +142,18 @@ class FlowTask:
         self.vae = load_vae(weights).to(device)
         self.made_from = {"encoder": part_hash("encoder", weights)}
         self.pool = LatentPool(self.vae, seed, device)
+        self.filters = shape_filters(self.vae, device)
 
     def prepare(self, share: Share) -> None:
         pass
+
+    def error(self, difference: Tensor, sigma: Tensor) -> Tensor:
+        """The mean square of a velocity's difference (B, 16, T, h, w) to its target, half of it as the shape filters see it,
+        every noise level counting alike. The square of any linear view has the same minimum, the mean velocity."""
+        seen = conv2d(rearrange(difference, "b c t h w -> (b t) c h w"), self.filters, padding=1)
+        seen = rearrange(seen, "(b t) c h w -> b (c t h w)", b=len(difference))
+        square = difference.flatten(1).square().mean(1) + seen.square().mean(1)
+        return (square / 2 * level_weight(sigma)).mean()
 
     def draw(self, step: int, batch: int, rows: slice) -> Flow:
         """These rows of the step's batch."""
@@ -157,7 +203,7 @@ class BaseTask(FlowTask):
         flow = self.draw(step, batch, rows)
         cond = self.text.condition(flow.prompts, flow.guidance)
         velocity, features = self.network(flow.noisy, flow.sigma, cond, (self.probed,))
-        error = (velocity.float() - (flow.noise - flow.clean)).pow(2).mean()
+        error = self.error(velocity.float() - (flow.noise - flow.clean), flow.sigma)
         return error + self.probe_weight * self.probe(features[self.probed], flow.scenes)
 
     def export(self, folder: Path, steps: int) -> list[Path]:
@@ -196,7 +242,7 @@ class TeacherTask(FlowTask):
             said = self.base(flow.noisy, flow.sigma, cond).float()
             unsaid = self.base(flow.noisy, flow.sigma, self.text.condition([""] * len(flow.prompts), flow.guidance)).float()
         velocity = self.network(flow.noisy, flow.sigma, cond).float()
-        return (velocity - torch.lerp(unsaid, said, self.scale)).pow(2).mean()
+        return self.error(velocity - torch.lerp(unsaid, said, self.scale), flow.sigma)
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "scale": str(self.scale), **self.made_from}
