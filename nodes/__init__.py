@@ -5,6 +5,7 @@ from .lora import AccVideoLoraApply, AccVideoLoraExtract, AccVideoLoraMerge, Acc
 from .prompts import AccVideoPlanWriter, AccVideoPrompts
 from .sampling import AccVideoSampler, AccVideoSigmas
 from .synvid import AccVideoSynVidInspect, AccVideoSynVidWriter, AccVideoTrajectorySampler
+from .video import AccVideoCompare
 
 # Node classes by id and display name. Written out, because asking the schemas would list every model folder at start.
 NODES = {
@@ -16,6 +17,7 @@ NODES = {
     "AccVideoLoraExtract": (AccVideoLoraExtract, "AccVideo LoRA Extract"),
     "AccVideoSampler": (AccVideoSampler, "AccVideo Sampler"),
     "AccVideoSigmas": (AccVideoSigmas, "AccVideo Sigmas"),
+    "AccVideoCompare": (AccVideoCompare, "AccVideo Compare"),
     "AccVideoTrajectorySampler": (AccVideoTrajectorySampler, "AccVideo Trajectory Sampler"),
     "AccVideoSynVidWriter": (AccVideoSynVidWriter, "AccVideo SynVid Writer"),
     "AccVideoSynVidInspect": (AccVideoSynVidInspect, "AccVideo SynVid Inspect"),

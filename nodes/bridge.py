@@ -10,15 +10,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 import logging
 import math
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import comfy.cli_args
 import comfy.latent_formats
 import comfy.lora
 import comfy.model_management
@@ -36,6 +39,7 @@ import folder_paths
 import latent_preview
 import node_helpers
 import torch
+from comfy_api.latest import InputImpl
 from tqdm.auto import tqdm
 
 from ..accvideo_core.checkpoint import FLOAT8
@@ -463,28 +467,28 @@ def _sample_euler_flow(
         return euler_flow(velocity, x, sigmas, observers=[*observers, report])
 
 
-class CapturingEuler(comfy.samplers.KSAMPLER):
-    """A native SAMPLER of Euler steps that shows each to `observer`. `seconds` is what the last run took, without loading."""
+class _Timed(comfy.samplers.Sampler):
+    """A SAMPLER that knows how many seconds its last run took, without the loading before it."""
 
-    def __init__(self, observer: Observer) -> None:
-        super().__init__(_sample_euler_flow, extra_options={"observers": (observer,)})
-        self.seconds = 0.0
+    def __init__(self, sampler: comfy.samplers.Sampler) -> None:
+        self.sampler, self.seconds = sampler, 0.0
 
     def sample(self, *args: Any, **keywords: Any) -> torch.Tensor:
         begin = time.perf_counter()
-        result = super().sample(*args, **keywords)
+        result = self.sampler.sample(*args, **keywords)
         synchronize(result.device)
         self.seconds = time.perf_counter() - begin
         return result
 
 
-def solver(name: str) -> comfy.samplers.Sampler:
-    """The native SAMPLER for a preset's solver. Wan's authors run a UniPC; ComfyUI's own ("bh2") is near it, not equal."""
+def solver(name: str, *observers: Observer) -> comfy.samplers.Sampler:
+    """The native SAMPLER for a preset's solver; Euler steps are shown to observers. Wan's authors run a UniPC; ComfyUI's own
+    ("bh2") is near it, not equal."""
     if name == "euler":
-        return comfy.samplers.KSAMPLER(_sample_euler_flow)
-    if name == "uni_pc":
+        return comfy.samplers.KSAMPLER(_sample_euler_flow, extra_options={"observers": observers})
+    if name == "uni_pc" and not observers:
         return comfy.samplers.sampler_object("uni_pc_bh2")
-    raise InvalidValueError(f"unknown solver {name!r}; known: euler, uni_pc")
+    raise InvalidValueError(f"unknown solver {name!r}; known: euler, uni_pc, and to observers euler alone")
 
 
 def with_guidance(conditioning: list, guidance: float) -> list:
@@ -543,15 +547,17 @@ def sample(
     sigmas: torch.Tensor,
     sampler: comfy.samplers.Sampler,
     noise: torch.Tensor | None = None,
-) -> dict[str, Any]:
-    """A new LATENT: `samples` (from `prepare_latent`) noised to sigmas[0] and sampled to sigmas[-1].
+) -> tuple[dict[str, Any], float]:
+    """A new LATENT: `samples` (from `prepare_latent`) noised to sigmas[0] and sampled to sigmas[-1]; and the seconds it took,
+    without loading the model.
 
     Noise (unless it is given), batch_index and noise_mask are handled as by the native KSampler; without a negative the
     guider knows only the positive, as the native BasicGuider.
     """
     result = {name: value for name, value in latent.items() if not name.startswith("downscale_ratio_")}
     if len(sigmas) < 2:
-        return result | {"samples": samples}
+        return result | {"samples": samples}, 0.0
+    sampler = _Timed(sampler)
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
     guider.set_cfg(cfg)
@@ -565,7 +571,31 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    return result | {"samples": sampled.to(comfy.model_management.intermediate_device())}
+    return result | {"samples": sampled.to(comfy.model_management.intermediate_device())}, sampler.seconds
+
+
+# ---- videos ---------------------------------------------------------------------------------------------------------
+
+
+def preview_file(suffix: str) -> tuple[Path, dict[str, str]]:
+    """A new file in ComfyUI's temporary folder, and how its front end and HTTP clients are told of it."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"accvideo_{uuid.uuid4().hex[:16]}{suffix}"
+    return folder / name, {"filename": name, "subfolder": "", "type": "temp"}
+
+
+def workflow_metadata(node: type[Any]) -> dict[str, str]:
+    """What a file carries so that it can be dragged back into ComfyUI, for a node whose schema asks for both hidden values."""
+    if comfy.cli_args.args.disable_metadata:
+        return {}
+    extra = {"prompt": node.hidden.prompt, **(node.hidden.extra_pnginfo or {})}
+    return {name: json.dumps(value) for name, value in extra.items() if value is not None}
+
+
+def native_video(path: Path) -> Any:
+    """A video file as a native VIDEO."""
+    return InputImpl.VideoFromFile(str(path))
 
 
 # ---- SynVid ---------------------------------------------------------------------------------------------------------

@@ -132,7 +132,10 @@ class AccVideoSampler(io.ComfyNode):
                     tooltip="How much of the latent to replace: 1 starts from pure noise, lower values keep more of it.",
                 ),
             ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="The sampled latent; decode it with the model's VAE.")],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="The sampled latent; decode it with the model's VAE."),
+                io.Float.Output(display_name="seconds", tooltip="What sampling took, without loading the model."),
+            ],
         )
 
     @classmethod
@@ -178,9 +181,16 @@ class AccVideoSampler(io.ComfyNode):
         if preset.guidance is not None:
             positive = bridge.with_guidance(positive, guidance)
             negative = None if negative is None else bridge.with_guidance(negative, guidance)
-        return io.NodeOutput(
-            bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, bridge.solver(preset.solver))
-        )
+        solver = bridge.solver(preset.solver)
+        result, seconds = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver)
+        told = {
+            "steps": max(0, len(sigmas) - 1),
+            "calls": max(0, len(sigmas) - 1) * (1 if cfg == 1 else 2),
+            "seconds": seconds,
+            "teacher_steps": preset.teacher_steps,
+            "teacher_calls": preset.teacher_steps * (1 if preset.teacher_cfg == 1 else 2),
+        }
+        return io.NodeOutput(result, seconds, ui={"accvideo_sampling": [told]})
 
 
 class AccVideoSigmas(io.ComfyNode):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,16 +18,17 @@ from comfy_api.latest import io
 
 from ..accvideo_core.comfy_client import SYNVID_MISSING
 from ..accvideo_core.errors import AccVideoWarning, InvalidValueError
-from ..accvideo_core.media import write_mp4
+from ..accvideo_core.media import write_mp4, write_png
 from ..accvideo_core.sampling import make_noise
 from ..accvideo_core.schedule import PRESETS, get_preset
-from ..accvideo_core.synvid import Header, SynVidReader, SynVidStore, Trajectory
+from ..accvideo_core.synvid import Header, Sample, SynVidReader, SynVidStore, Trajectory
 from ..accvideo_core.synvid.capture import KeyLatents
 from ..accvideo_core.synvid.header import DTYPES
 from ..accvideo_core.synvid.reader import HEADER
-from ..accvideo_core.synvid.sheet import KeyFigures, key_figures, trajectory_sheet
+from ..accvideo_core.synvid.sheet import KeyFigures, key_figures, project, trajectory_sheet
 from . import bridge
 from .sampling import ARCHITECTURES, check_family, family_input
+from .video import to_pixels
 
 log = logging.getLogger("accvideo")
 TrajectoryType = io.Custom("ACCVIDEO_TRAJECTORY")
@@ -169,11 +171,11 @@ class AccVideoTrajectorySampler(io.ComfyNode):
         seeds = tuple(range(seed, seed + len(samples)))
         noise = make_noise(samples.shape, seeds)
         watch = KeyLatents(steps, keys)
-        solver = bridge.CapturingEuler(watch)
+        solver = bridge.solver("euler", watch)
         model = bridge.with_shift(model, shift)
         sigmas = torch.tensor(header.sigmas)
-        clean = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver, noise)
-        trajectory = Trajectory(tuple(watch.latents()), noise, header, text, pooled, seeds, solver.seconds)
+        clean, seconds = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver, noise)
+        trajectory = Trajectory(tuple(watch.latents()), noise, header, text, pooled, seeds, seconds)
         return io.NodeOutput(clean, trajectory)
 
 
@@ -269,9 +271,14 @@ class AccVideoSynVidWriter(io.ComfyNode):
                 for row in rows:
                     write_mp4(store.video_path(ids[row]), clips[row], fps)
             _only(replace(trajectory, header=header), rows).save(store, [prompt], frames is not None)
-        count = len(store.samples())
-        report = f"{path}: {len(rows)} trajectories written, {len(ids) - len(rows)} were there already; it has {count} now"
-        return io.NodeOutput(str(path), report, ids[0], ui={"text": [report]})
+        samples = store.samples()
+        report = f"{path}: {len(rows)} trajectories written, {len(ids) - len(rows)} were there already; it has {len(samples)} now"
+        told = {
+            "samples": len(samples),
+            "bytes": stored_bytes(samples.values(), header),
+            "thumbnail": _thumbnail(trajectory, frames),
+        }
+        return io.NodeOutput(str(path), report, ids[0], ui={"text": [report], "accvideo_dataset": [told]})
 
 
 class AccVideoSynVidInspect(io.ComfyNode):
@@ -316,7 +323,7 @@ class AccVideoSynVidInspect(io.ComfyNode):
         keys = reader.read_keys(chosen, range(header.segments + 1))
 
         def decode(latent: torch.Tensor) -> np.ndarray:
-            return _to_uint8(bridge.decode_latent(vae, latent, header.family))
+            return to_pixels(bridge.decode_latent(vae, latent, header.family))
 
         sheet = trajectory_sheet(keys, header.key_sigmas, None if vae is None else decode, title=chosen.prompt)
         prompts = {it.prompt for it in samples.values()}
@@ -331,6 +338,24 @@ class AccVideoSynVidInspect(io.ComfyNode):
         ]
         report = "\n".join(lines)
         return io.NodeOutput(torch.from_numpy(sheet.copy()).float()[None] / 255, report, ui={"text": [report]})
+
+
+def stored_bytes(samples: Iterable[Sample], header: Header) -> int:
+    """What the latents of these samples take on disk, but for the files' own headers."""
+    kept = header.segments + header.store_noise
+    return sum(math.prod(sample.shape) for sample in samples) * kept * DTYPES[header.dtype].itemsize
+
+
+def _thumbnail(trajectory: Trajectory, frames: torch.Tensor | None) -> dict[str, str]:
+    """The middle of the first clip, of its latent where no frames are connected, as a file of ComfyUI's temporary folder."""
+    if frames is None:
+        clean = trajectory.keys[0][0].float()
+        clip = project(clean)(clean)
+    else:
+        clip = to_pixels(frames[: len(frames) // len(trajectory.seeds)])
+    path, file = bridge.preview_file(".png")
+    write_png(path, clip[len(clip) // 2])
+    return file
 
 
 def _check_prompt(prompt: str | None) -> bool:
@@ -364,11 +389,7 @@ def _clips(frames: torch.Tensor, count: int) -> np.ndarray:
     """(count, T, H, W, 3) uint8 from an IMAGE of all clips' frames one after another."""
     if len(frames) % count:
         raise InvalidValueError(f"{len(frames)} frames for {count} trajectories; connect the whole decoded latent")
-    return _to_uint8(frames).reshape(count, -1, *frames.shape[1:])
-
-
-def _to_uint8(frames: torch.Tensor) -> np.ndarray:
-    return (frames.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    return to_pixels(frames).reshape(count, -1, *frames.shape[1:])
 
 
 async def _missing(body: dict[str, Any]) -> dict[str, Any]:

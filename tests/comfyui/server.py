@@ -143,7 +143,7 @@ def on_tiny_models(prompt: dict[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-OUTPUTS = ("SaveVideo", "CreateVideo", "VAEDecode")
+OUTPUTS = ("SaveVideo", "CreateVideo", "VAEDecode", "AccVideoCompare")
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ NODES = (
     "AccVideoLoraExtract",
     "AccVideoSampler",
     "AccVideoSigmas",
+    "AccVideoCompare",
     "AccVideoTrajectorySampler",
     "AccVideoSynVidWriter",
     "AccVideoSynVidInspect",

@@ -1,0 +1,155 @@
+// What a node shows after it ran: AccVideo Sampler its speed, AccVideo SynVid Writer its dataset, AccVideo Compare a slider
+// over two videos. Everything here only looks: without this file the nodes work just the same.
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+const TEXTS = {
+  en: {
+    speed: (t) => `${t.steps} steps, ${seconds(t.seconds / t.steps)} each, ${seconds(t.seconds)} in all`,
+    teacher: (t, all, times) => `its teacher's ${t.teacher_steps} steps would take about ${seconds(all)}: ${times} times as long`,
+    dataset: (d) => `${d.samples.toLocaleString("en")} samples, ${bytes(d.bytes)} of latents`,
+    divider: "Drag to compare",
+    play: "Play or pause",
+  },
+  zh: {
+    speed: (t) => `${t.steps} 步，每步 ${seconds(t.seconds / t.steps)}，共 ${seconds(t.seconds)}`,
+    teacher: (t, all, times) => `教师模型 ${t.teacher_steps} 步约需 ${seconds(all)}，是其 ${times} 倍`,
+    dataset: (d) => `${d.samples.toLocaleString("zh")} 个样本，潜变量 ${bytes(d.bytes)}`,
+    divider: "拖动以比较",
+    play: "播放或暂停",
+  },
+};
+
+const texts = () => TEXTS[app.extensionManager?.setting?.get("Comfy.Locale")?.split("-")[0]] ?? TEXTS.en;
+
+function seconds(value) {
+  if (value < 10) return `${value.toPrecision(2)} s`;
+  return value < 120 ? `${value.toFixed(1)} s` : `${(value / 60).toFixed(1)} min`;
+}
+
+function bytes(value) {
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log10(Math.max(value, 1)) / 3));
+  return `${(value / 1000 ** power).toPrecision(3)} ${units[power]}`;
+}
+
+const url = ({ filename, subfolder, type }) => api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+
+function element(tag, style, properties = {}) {
+  const made = Object.assign(document.createElement(tag), properties);
+  Object.assign(made.style, style);
+  return made;
+}
+
+const SMALL = { font: "12px/1.4 sans-serif", color: "var(--input-text, #ddd)", overflow: "hidden" };
+
+function speed(told) {
+  const box = element("div", SMALL, { className: "accvideo-speed" });
+  if (!told.steps || !told.seconds) return [box, 0];
+  const all = (told.seconds / told.calls) * told.teacher_calls;
+  box.append(element("div", {}, { textContent: texts().speed(told) }));
+  if (all > told.seconds) {
+    const times = (all / told.seconds).toFixed(1).replace(/\.0$/, "");
+    box.append(element("div", {}, { textContent: texts().teacher(told, all, times) }));
+  }
+  return [box, 52];
+}
+
+function dataset(told) {
+  const box = element("div", { ...SMALL, display: "flex", gap: "8px", alignItems: "center" }, { className: "accvideo-dataset" });
+  if (told.thumbnail) box.append(element("img", { height: "64px" }, { src: url(told.thumbnail), alt: "" }));
+  box.append(element("div", {}, { textContent: texts().dataset(told) }));
+  return [box, 76];
+}
+
+// The second video lies over the first and is cut off left of the divider; it follows the first one's clock.
+function slider(...files) {
+  const shown = files.filter((file) => file.role !== "both");
+  const box = element("div", { ...SMALL, display: "flex", flexDirection: "column", gap: "4px" }, { className: "accvideo-compare" });
+  const stage = element("div", { position: "relative", flex: "1", minHeight: "0", background: "#181818", cursor: "ew-resize" });
+  const fill = { position: "absolute", inset: "0", width: "100%", height: "100%", objectFit: "contain" };
+  const video = (file) => {
+    const made = element("video", fill, { src: url(file), muted: true, loop: true, playsInline: true, preload: "auto" });
+    made.setAttribute("draggable", "false");
+    return made;
+  };
+  const [first, second] = shown.map(video);
+  const line = element("div", { position: "absolute", top: "0", bottom: "0", width: "2px", background: "#fff", pointerEvents: "none" });
+  const range = element("input", { width: "100%", margin: "0" }, { type: "range", min: 0, max: 100, step: 0.1, value: 50 });
+  range.setAttribute("aria-label", texts().divider);
+  const captions = element("div", { display: "flex", justifyContent: "space-between", gap: "8px" });
+  for (const { label } of shown) captions.append(element("span", {}, { textContent: label }));
+  const button = element("button", { cursor: "pointer" }, { type: "button", textContent: "⏯", title: texts().play });
+  const foot = element("div", { display: "flex", gap: "4px", alignItems: "center" });
+
+  const place = () => {
+    second.style.clipPath = `inset(0 0 0 ${range.value}%)`;
+    line.style.left = `${range.value}%`;
+  };
+  const follow = () => {
+    if (Math.abs(second.currentTime - first.currentTime) > 0.04) second.currentTime = first.currentTime;
+  };
+  const drag = (event) => {
+    if (!(event.buttons & 1)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const area = stage.getBoundingClientRect();
+    range.value = Math.min(100, Math.max(0, ((event.clientX - area.left) / area.width) * 100));
+    place();
+  };
+  stage.addEventListener("pointerdown", (event) => {
+    stage.setPointerCapture(event.pointerId);
+    drag(event);
+  });
+  stage.addEventListener("pointermove", drag);
+  range.addEventListener("input", place);
+  button.addEventListener("click", () => (first.paused ? first.play() : first.pause()));
+  first.addEventListener("play", () => second.play().catch(() => {}));
+  first.addEventListener("pause", () => second.pause());
+  for (const name of ["timeupdate", "seeked", "play", "pause"]) first.addEventListener(name, follow);
+  first.addEventListener("canplay", () => first.play().catch(() => {}), { once: true });
+
+  stage.append(first, second, line);
+  foot.append(button, range);
+  box.append(captions, stage, foot);
+  place();
+  return [box, 260];
+}
+
+const SHOWN = {
+  AccVideoSampler: ["accvideo_sampling", speed],
+  AccVideoSynVidWriter: ["accvideo_dataset", dataset],
+  AccVideoCompare: ["accvideo_compare", slider],
+};
+
+function show(node, told, make) {
+  const [content, height] = make(...told);
+  let widget = node.widgets?.find((it) => it.name === "accvideo");
+  if (!widget) {
+    const options = { serialize: false, hideOnZoom: false, getMinHeight: () => widget?.accvideoHeight ?? height };
+    const holder = element("div", { width: "100%", height: "100%" });
+    widget = node.addDOMWidget("accvideo", "accvideo", holder, options);
+    widget.serialize = false;
+  }
+  widget.accvideoHeight = height;
+  content.style.height = "100%";
+  widget.element.replaceChildren(content);
+  const [width, tall] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], tall)]);
+  node.setDirtyCanvas?.(true, true);
+}
+
+app.registerExtension({
+  name: "accvideo",
+  nodeCreated(node) {
+    const shown = SHOWN[node.comfyClass];
+    if (!shown) return;
+    const [key, make] = shown;
+    const executed = node.onExecuted;
+    node.onExecuted = function (output, ...rest) {
+      executed?.call(this, output, ...rest);
+      const told = output?.[key];
+      if (told?.length) show(this, told, make);
+    };
+  },
+});
