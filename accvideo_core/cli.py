@@ -36,7 +36,7 @@ COMMANDS = {
     "encode": Command("headless.encode", "EncodeArgs", "a prompt file to a plan of trajectories to capture"),
     "capture": Command("headless.capture", "CaptureArgs", "a plan's trajectories into a SynVid dataset"),
     "decode": Command("headless.decode", "DecodeArgs", "a SynVid dataset's latents as videos"),
-    "queue": Command("comfy_queue", "QueueArgs", "a capture workflow with thousands of prompts, through a running ComfyUI"),
+    "queue": Command("comfy_queue", "QueueArgs", "a workflow on a running ComfyUI, once or for thousands of prompts"),
     "distill": Command("headless.distill", "DistillArgs", "a student from a SynVid dataset, on one device or many"),
     "merge-synvid": Command("synvid.merge", "MergeArgs", "SynVid datasets of one kind joined into one"),
     "evaluate": Command("studies.evaluation", "EvaluateArgs", "how well a model follows prompts, and its teacher"),

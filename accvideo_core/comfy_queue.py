@@ -1,4 +1,5 @@
-"""`accvideo queue`: thousands of prompts through a capture workflow of a running ComfyUI, a few in its queue at a time.
+"""`accvideo queue`: a workflow on a running ComfyUI, once (comfy_run), or for thousands of prompts to capture, a few in its
+queue at a time.
 
 What counts is what the dataset holds, which our nodes there are asked: it is not queued again, and after a restart of ComfyUI,
 or of this command, only what it lacks is.
@@ -16,12 +17,14 @@ from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
 from .comfy_client import SYNVID_MISSING, ComfyClient, ComfyError, ComfyForgot, ComfyRefused, ComfyUnreachable, Progress
+from .comfy_run import run_once, run_vbench
+from .comfy_workflow import Nodes, read_workflow, with_settings
 from .errors import InvalidValueError
 from .files import atomic_path, check_writable
 from .synvid import sample_id
@@ -38,13 +41,21 @@ ASKED = 5000  # ids in one question
 
 @dataclass(frozen=True)
 class QueueArgs:
-    """Queue a capture workflow once for every prompt. Start it again at any time: what is captured is not queued again."""
+    """Run a workflow on a ComfyUI: once, and bring its video here; or with --prompts a capture workflow once for every prompt.
+    Start a capture again at any time: what is captured is not queued again."""
 
     workflow: tyro.conf.Positional[Path]
-    """A workflow in API format ("Export (API)" in ComfyUI) with an AccVideo SynVid Writer, its prompt linked to what the text
-    encoder is linked to, or written as in the text encoder."""
-    prompts: Path
-    """The prompts: .txt, .csv or .jsonl, as for accvideo encode; ids in it are not used."""
+    """A workflow in API format ("Export (API)" in ComfyUI). To capture it has an AccVideo SynVid Writer, its prompt linked to
+    what the text encoder is linked to, or written as in the text encoder."""
+    set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """An input of the workflow: prompt="a red ball", seed=7, or NODE.INPUT=VALUE with the node's id, title or class."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Where what the workflow saved is brought to: a file, or a folder. Without it the server keeps it."""
+    vbench: Path | None = None
+    """Make the videos VBench scores: 5 of every prompt of this file (.txt, .csv, .jsonl, or its VBench_full_info.json), under
+    the names it expects, into the folder -o."""
+    prompts: Path | None = None
+    """Capture: the prompts, .txt, .csv or .jsonl, as for accvideo encode; ids in it are not used."""
     server: str = "http://127.0.0.1:8188"
     """Where ComfyUI listens; it must have AccVideo."""
     seeds: int = 1
@@ -79,17 +90,8 @@ class Template:
     rows: int
 
     @classmethod
-    def read(cls, path: Path) -> Template:
-        """InvalidValueError, naming the file and the node, for what is no capture workflow."""
-        try:
-            nodes = json_module.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InvalidValueError(f"cannot read the workflow {str(path)!r}: {error}") from error
-        if isinstance(nodes, dict) and "nodes" in nodes:
-            raise InvalidValueError(f"{str(path)!r} is a workflow of the editor; export it with 'Export (API)' and give that")
-        if not isinstance(nodes, dict) or not all(isinstance(n, dict) and "class_type" in n for n in nodes.values()):
-            raise InvalidValueError(f"{str(path)!r} is no workflow in API format; export it with 'Export (API)'")
-        nodes = {name: {**node, "inputs": node.get("inputs", {})} for name, node in nodes.items()}
+    def of(cls, nodes: Nodes, path: Path) -> Template:
+        """Of the workflow read from `path`; InvalidValueError, naming the file and the node, for what is no capture workflow."""
         writer = _only_node(nodes, WRITER, path)
         sampler = _only_node(nodes, SAMPLER, path)
         prompt, dataset = nodes[writer]["inputs"].get("prompt"), nodes[writer]["inputs"].get("dataset")
@@ -141,11 +143,22 @@ class Report:
 
 
 def run(args: QueueArgs) -> int:
-    """Capture what the dataset lacks and print how much that was; 1 if something failed. The report is written in any case."""
+    """Run it once, make VBench's videos, or capture; 0, or 1 if something could not be captured."""
     if args.ahead < 1 or not args.patience >= 0:
         raise InvalidValueError(f"ahead is {args.ahead} and patience {args.patience}; they must be at least 1 and 0")
-    template = Template.read(args.workflow)
-    prompts = [replace(prompt, id=None) for prompt in read_prompts(args.prompts)]
+    if args.prompts is not None and (args.out is not None or args.vbench is not None):
+        raise InvalidValueError("--prompts captures into the workflow's dataset; leave out --out and --vbench")
+    nodes = with_settings(read_workflow(args.workflow), args.set)
+    if args.vbench is not None:
+        return run_vbench(nodes, args.server, args.out, args.vbench, args.seed, args.ahead, args.json)
+    if args.prompts is None:
+        return run_once(nodes, args.server, args.out, args.json)
+    return capture(args, args.prompts, Template.of(nodes, args.workflow))
+
+
+def capture(args: QueueArgs, path: Path, template: Template) -> int:
+    """Capture what the dataset lacks of a file of prompts and print how much that was; the report is written in any case."""
+    prompts = [replace(prompt, id=None) for prompt in read_prompts(path)]
     wanted = wanted_samples(prompts, template.shape, args.seeds, args.seed)
     jobs = [Job(it.prompt, it.seed, template.ids(it.prompt, it.seed)) for it in wanted]
     if args.report is not None:

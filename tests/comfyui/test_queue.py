@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,6 +17,7 @@ from typing import Any
 import pytest
 
 from accvideo_core import cli
+from accvideo_core.media import read_mp4
 from accvideo_core.synvid import SynVidReader
 from tests.comfyui.server import ROOT, Server, load_prompt
 
@@ -108,11 +113,12 @@ def test_a_workflow_that_comfyui_refuses(server: Server, tmp_path: Path, capsys)
 def test_a_cancelled_command_leaves_nothing_in_the_queue(server: Server, tmp_path: Path) -> None:
     """As Ctrl-C does: what runs ends and is kept, what waits is taken back."""
     from accvideo_core.comfy_queue import Job, QueueArgs, Report, Template, _Run
+    from accvideo_core.comfy_workflow import read_workflow
 
     path = workflow(tmp_path / "w.json", "cancelled", {"steps": 50})
-    template = Template.read(path)
+    template = Template.of(read_workflow(path), path)
     jobs = [Job(text, 1, template.ids(text, 1)) for text in ("a red circle", "a blue square", "a green circle")]
-    run = _Run(QueueArgs(path, path, server.url, ahead=3), template, Report(server.url))
+    run = _Run(QueueArgs(path, prompts=path, server=server.url, ahead=3), template, Report(server.url))
 
     async def go() -> None:
         task = asyncio.create_task(run.all(jobs))
@@ -127,3 +133,52 @@ def test_a_cancelled_command_leaves_nothing_in_the_queue(server: Server, tmp_pat
         return (await comfy._request("GET", "/queue"))[1]["queue_pending"]
 
     assert server.ask(waiting) == []
+
+
+def test_one_run_brings_its_video_here(server: Server, tmp_path: Path, capsys) -> None:
+    """The same seed and words give the file ComfyUI saved; another seed another one."""
+    words = ["queue", str(ROOT / "workflows" / "api" / "accvideo_tiny_t2v.json"), "--server", server.url]
+    words += ["--set", "prompt=a blue square moving down"]
+    made = [tmp_path / f"{seed}.mp4" for seed in (7, 8)]
+    for seed, path in zip((7, 8), made, strict=True):
+        assert cli.main([*words, "--set", f"seed={seed}", "-o", str(path)]) == 0
+        assert capsys.readouterr().out.startswith(str(path))
+    first, second = (read_mp4(path) for path in made)
+    assert first.frames.shape == (17, 64, 64, 3) and (first.frames != second.frames).any()
+    carried = json.loads(first.metadata["prompt"])
+    assert carried["2"]["inputs"]["text"] == "a blue square moving down" and carried["4"]["inputs"]["seed"] == 7
+    assert cli.main([*words, "--set", "steps=0", "-o", str(made[0])]) == 1
+    assert "AccVideoSampler (node 4): Value 0 smaller than min of 1: steps" in capsys.readouterr().err
+
+
+def example(language: str) -> str:
+    """The example in that language from docs/api.md."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    return text.split(f"```{language}\n", 1)[1].split("```", 1)[0]
+
+
+def run_example(server: Server, folder: Path, command: list[str], name: str, code: str) -> str:
+    """What the example prints, run in a folder where it finds the workflow; its address is the server's."""
+    shutil.copytree(ROOT / "workflows" / "api", folder / "workflows" / "api")
+    (folder / name).write_text(code.replace("127.0.0.1:8188", server.url.removeprefix("http://")), encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, name], cwd=folder, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_python_example_runs(server: Server, tmp_path: Path) -> None:
+    assert "step 5 of 5" in run_example(server, tmp_path, [sys.executable], "example.py", example("python"))
+    assert [read_mp4(tmp_path / f"triangle-{seed}.mp4").frames.shape for seed in range(3)] == [(17, 64, 64, 3)] * 3
+
+
+def test_the_javascript_example_runs(server: Server, tmp_path: Path) -> None:
+    node = shutil.which("node")
+    version = subprocess.run([node, "--version"], capture_output=True, text=True).stdout if node else "none"
+    major = int(version[1:].split(".")[0]) if node else 0
+    if major < 20:
+        pytest.skip(f"Node.js 20 or newer is needed to run it; found {version.strip()}")
+    flags = ["--experimental-websocket"] if major < 22 else []
+    assert "step 5 of 5" in run_example(server, tmp_path, [node, *flags], "example.mjs", example("js"))
+    (video,) = tmp_path.glob("*.mp4")
+    assert read_mp4(video).frames.shape == (17, 64, 64, 3)

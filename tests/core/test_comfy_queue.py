@@ -17,6 +17,7 @@ from aiohttp import web
 from accvideo_core import cli, comfy_queue
 from accvideo_core.comfy_client import ComfyError, ComfyForgot, ComfyUnreachable
 from accvideo_core.comfy_queue import Template
+from accvideo_core.comfy_workflow import read_workflow
 from accvideo_core.errors import InvalidValueError
 from accvideo_core.synvid import sample_id
 
@@ -25,9 +26,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "workflows" / "api" / "accvideo_tiny_synvid.json"
 
 
+def read_template(path: Path) -> Template:
+    return Template.of(read_workflow(path), path)
+
+
 @pytest.mark.parametrize(("name", "shape"), [("accvideo_tiny_synvid", (16, 5, 8, 8)), ("accvideo_synvid", (16, 24, 68, 120))])
 def test_the_shipped_workflows_have_places_for_a_prompt_and_a_seed(name: str, shape: tuple) -> None:
-    template = Template.read(ROOT / "workflows" / "api" / f"{name}.json")
+    template = read_template(ROOT / "workflows" / "api" / f"{name}.json")
     assert template.shape == shape and template.rows == 1
     filled = template.filled("a new prompt", 7)
     kinds = {node["class_type"]: node["inputs"] for node in filled.values()}
@@ -48,7 +53,7 @@ def test_a_prompt_that_is_written_twice_is_one_place_and_a_batch_is_several_samp
         nodes["3"]["inputs"]["text"] = nodes["7"]["inputs"]["prompt"] = "a red circle"
         nodes["4"]["inputs"]["batch_size"] = 2
 
-    template = Template.read(changed(change, tmp_path / "w.json"))
+    template = read_template(changed(change, tmp_path / "w.json"))
     assert template.places == (("3", "text"), ("7", "prompt"))
     assert template.ids("x", 7) == tuple(sample_id("x", seed, (16, 5, 8, 8)) for seed in (7, 8))
 
@@ -68,7 +73,7 @@ def test_a_prompt_that_is_written_twice_is_one_place_and_a_batch_is_several_samp
 )
 def test_a_workflow_of_no_use(tmp_path: Path, change: Callable[[dict], Any], sentence: str) -> None:
     with pytest.raises(InvalidValueError, match=sentence):
-        Template.read(changed(change, tmp_path / "w.json"))
+        read_template(changed(change, tmp_path / "w.json"))
 
 
 @pytest.fixture
