@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_PROMPTS := "a red circle moving right on a black background" "a blue square moving down" "a shape"
 
-.PHONY: demo test lint format thumbnails clean
+.PHONY: demo test lint format thumbnails locales clean
 
 demo: .venv/installed
 	$(BIN)/accvideo compare $(DEMO_PROMPTS) --out out/demo
@@ -28,6 +28,10 @@ format: .venv/installed-dev
 # Pictures of workflows/*.json from real runs in the first ComfyUI found; needs the bundled weights.
 thumbnails: .venv/installed-dev
 	$(BIN)/python -m tests.comfyui.thumbnails
+
+# locales/en from the nodes' own texts, in the first ComfyUI found.
+locales: .venv/installed-dev
+	$(BIN)/python -m tests.comfyui.locales
 
 clean:
 	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from accvideo_core.comfy_client import ComfyClient, Result
 
 ROOT = Path(__file__).resolve().parents[2]
-PACK = ("__init__.py", "pyproject.toml", "nodes", "accvideo_core", "web", "workflows")
+PACK = ("__init__.py", "pyproject.toml", "nodes", "accvideo_core", "web", "locales", "workflows")
 PARTS = ("student", "teacher", "text_encoder", "vae")
 
 
