@@ -129,18 +129,20 @@ def test_every_node_explains_itself(node_types: dict[str, Any], node_id: str) ->
     for name, (_, options) in inputs_of(node).items():
         assert len(options.get("tooltip", "")) > 15, f"{node_id}.{name} has no tooltip"
     assert all(len(tooltip or "") > 15 for tooltip in node["output_tooltips"])
-    page = (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
-    assert page.startswith(f"# {node['display_name']}\n")
-    for name in inputs_of(node):
-        assert name in page, f"{node_id}.md says nothing of {name}"
+    chinese = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[node_id]["display_name"]
+    for name, title in ((f"{node_id}.md", node["display_name"]), (f"{node_id}/zh.md", chinese)):
+        page = (ROOT / "web" / "docs" / name).read_text(encoding="utf-8")
+        assert page.startswith(f"# {title}\n")
+        for key in inputs_of(node):
+            assert key in page, f"{name} says nothing of {key}"
 
 
 def test_the_help_pages_are_served(server: Server) -> None:
     import urllib.request
 
-    for node_id in NODES:
-        with urllib.request.urlopen(f"{server.url}/extensions/accvideo/docs/{node_id}.md") as answer:
-            assert answer.read().decode() == (ROOT / "web" / "docs" / f"{node_id}.md").read_text()
+    for name in (f"{node_id}{end}" for node_id in NODES for end in (".md", "/zh.md")):
+        with urllib.request.urlopen(f"{server.url}/extensions/accvideo/docs/{name}") as answer:
+            assert answer.read().decode() == (ROOT / "web" / "docs" / name).read_text(encoding="utf-8")
 
 
 def test_the_pack_loads(server: Server) -> None:
