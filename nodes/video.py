@@ -10,6 +10,8 @@ from ..accvideo_core.errors import InvalidValueError
 from ..accvideo_core.media import Pixels, side_by_side, write_mp4
 from . import bridge
 
+LEAST_WIDTH = 256  # smaller clips are enlarged by a whole factor, so that their labels have room
+
 
 class AccVideoCompare(io.ComfyNode):
     @classmethod
@@ -74,7 +76,7 @@ class AccVideoCompare(io.ComfyNode):
                 raise InvalidValueError(f"the {which} video has shape {shape}; connect frames (T, H, W, 3), as VAE Decode gives")
         clips = [to_pixels(first), to_pixels(second)]
         labels = [compare_label(first_label, first_seconds), compare_label(second_label, second_seconds, first_seconds)]
-        joined = side_by_side(clips, labels)
+        joined = side_by_side(clips, labels, factor=max(1, LEAST_WIDTH // max(clip.shape[2] for clip in clips)))
         metadata = bridge.workflow_metadata(cls)
         told = []
         for role, pixels, label in zip(("first", "second", "both"), (*map(_even, clips), joined), (*labels, ""), strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from accvideo_core.comfy_client import ComfyError
-from accvideo_core.media import read_mp4
+from accvideo_core.media import read_mp4, upscale
 from tests.comfyui.server import ROOT, Server, load_prompt, node, tiny_prompt
 
 
@@ -36,10 +36,10 @@ def test_the_videos_are_what_was_sampled_and_carry_the_workflow(server: Server) 
     videos = {file.filename: read_mp4(server.path(file)) for file in result.files if file.filename.endswith(".mp4")}
     first, second, both = (videos[files[role]["filename"]] for role in ("first", "second", "both"))
     assert first.frames.shape == second.frames.shape == (17, 64, 64, 3) and first.fps == 8
-    bar = both.frames.shape[1] - 64
-    for clip, left in ((first, 0), (second, both.frames.shape[2] - 64)):
-        beside = both.frames[:, bar:, left : left + 64].astype(int)
-        assert np.abs(beside - clip.frames).mean() < 4  # both were compressed
+    bar = both.frames.shape[1] - 256  # small clips are shown enlarged
+    for clip, left in ((first, 0), (second, both.frames.shape[2] - 256)):
+        beside = both.frames[:, bar:, left : left + 256].astype(int)
+        assert np.abs(beside - upscale(clip.frames, 4)).mean() < 4  # both were compressed
     assert np.abs(first.frames.astype(int) - second.frames).mean() > 0
     (saved,) = [file for file in result.files if file.folder == "output"]
     for video in (first, read_mp4(server.path(saved))):

@@ -48,11 +48,11 @@ function speed(told) {
   if (!told.steps || !told.seconds) return [box, 0];
   const all = (told.seconds / told.calls) * told.teacher_calls;
   box.append(element("div", {}, { textContent: texts().speed(told) }));
-  if (all > told.seconds) {
-    const times = (all / told.seconds).toFixed(1).replace(/\.0$/, "");
+  const times = (all / told.seconds).toFixed(1).replace(/\.0$/, "");
+  if (Number(times) > 1) {
     box.append(element("div", {}, { textContent: texts().teacher(told, all, times) }));
   }
-  return [box, 52];
+  return [box, 72];
 }
 
 function dataset(told) {
