@@ -15,7 +15,7 @@ def train(part, folder, steps, stop_at=None, **kw):
     kw = {"batch": 2, "run": folder / "run", "weights": folder, "device": "cpu"} | kw
     args = training.TrainArgs(part, steps=steps, **kw)
     device = torch.device("cpu")
-    task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories)
+    task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories, args.weaker)
     if part in ("vae", "decoder"):
         task.statistics = 32
     if part in ("base", "teacher"):

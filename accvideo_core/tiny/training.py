@@ -54,6 +54,8 @@ class TrainArgs:
     To use them, set ACCVIDEO_TINY_WEIGHTS to it."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
+    weaker: Path | None = None
+    """Teacher only: a copy of the --weights folder from earlier in the base's training, to guide away from."""
     trajectories: int = 512
     """Student only: trajectories captured from the teacher to learn from."""
     save_every: float = 120.0
@@ -94,7 +96,7 @@ def run(args: TrainArgs) -> int:
     device = pick_device(args.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    task = make_task(args.part, args.seed, folder, args.run / args.part, device, args.trajectories)
+    task = make_task(args.part, args.seed, folder, args.run / args.part, device, args.trajectories, args.weaker)
     for path in fit(task, args, folder, device):
         print(path)
     return 0

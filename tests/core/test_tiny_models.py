@@ -216,19 +216,31 @@ def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base):
     torch.testing.assert_close(between, torch.tensor([(0.55 * 0.39) ** -0.5]))
 
 
-def test_the_teacher_learns_what_guidance_makes_of_two_passes_of_the_base(as_base):
+def test_the_teacher_learns_what_guidance_makes_of_the_base(as_base, tmp_path):
+    """The base's velocity, pushed on from the one without a prompt, and from a weaker base's where there is one."""
     task = flow.TeacherTask(0, torch.device("cpu"), as_base)
     task.pool.size = 4
     batch = task.draw(0, 4, slice(1, 3))
-    with torch.no_grad():
-        said, unsaid = (
-            task.base(batch.noisy, batch.sigma, task.text.condition(prompts, batch.guidance))
-            for prompts in (batch.prompts, ["", ""])
-        )
-        pushed = task.error((task.scale - 1) * (said - unsaid), batch.sigma)
-        torch.testing.assert_close(task.loss(0, 4, slice(1, 3)), pushed)  # it starts as the base
-        task.scale = 1.0
-        assert task.loss(0, 4, slice(1, 3)) < 1e-9 < pushed
+
+    def velocity(network, prompts):
+        with torch.no_grad():
+            return network(batch.noisy, batch.sigma, task.text.condition(prompts, batch.guidance))
+
+    said = velocity(task.base, batch.prompts)
+    pushed = (task.scale - 1) * (said - velocity(task.base, ["", ""]))
+    loss = task.error(pushed, batch.sigma)
+    torch.testing.assert_close(task.loss(0, 4, slice(1, 3)), loss)  # it starts as the base
+    shutil.copytree(as_base, tmp_path / "early")
+    state = load_file(as_base / "base.safetensors")
+    save_file({name: t * 0.9 for name, t in state.items()}, tmp_path / "early" / "base.safetensors")
+    guided = flow.TeacherTask(0, torch.device("cpu"), as_base, tmp_path / "early")
+    guided.pool.size = 4
+    more = guided.push * (said - velocity(guided.weaker, batch.prompts))
+    assert more.abs().max() > 0.1
+    torch.testing.assert_close(guided.loss(0, 4, slice(1, 3)), task.error(pushed + more, batch.sigma))
+    assert guided.made_from["weaker"] != guided.made_from["base"] == task.made_from["base"] and "weaker" not in task.made_from
+    task.scale = 1.0
+    assert task.loss(0, 4, slice(1, 3)) < 1e-9 < loss
 
 
 def test_the_decoder_learns_from_what_the_teacher_denoised(as_base):

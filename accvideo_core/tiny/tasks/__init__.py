@@ -12,7 +12,9 @@ from .student import StudentTask
 from .vae import DecoderTask, VAETask
 
 
-def make_task(part: Part, seed: int, weights: Path, run: Path, device: torch.device, trajectories: int) -> Task:
+def make_task(
+    part: Part, seed: int, weights: Path, run: Path, device: torch.device, trajectories: int, weaker: Path | None = None
+) -> Task:
     """The task of that name, reading what earlier parts wrote to `weights`."""
     if part == "vae":
         return VAETask(seed, device)
@@ -21,5 +23,5 @@ def make_task(part: Part, seed: int, weights: Path, run: Path, device: torch.dev
     if part == "decoder":
         return DecoderTask(seed, device, weights)
     if part == "teacher":
-        return TeacherTask(seed, device, weights)
+        return TeacherTask(seed, device, weights, weaker)
     return StudentTask(seed, device, weights, run, trajectories)

@@ -1,0 +1,226 @@
+"""The pack in ComfyUI's own page, in headless Chromium: workflows dropped onto the canvas, run from there, and what nodes show.
+
+Skipped, by name, where there is no Chromium (ACCVIDEO_CHROMIUM, or one on the path) or no Playwright. With ACCVIDEO_SCREENSHOTS
+set to a folder each test leaves its picture there; `make screenshots` makes those of the documentation so.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.comfyui.server import ROOT, Server
+
+WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
+SECONDS = 240_000  # milliseconds a run may take
+# What the front end itself says of a fresh ComfyUI without the internet.
+ITS_OWN = ("user.css", "/api/userdata", "graph accessed before initialization", "huggingface.co", "api.comfy.org", "favicon")
+READY = (
+    "(a => a && ('isGraphReady' in a ? a.isGraphReady : a.graph?.nodes) && document.querySelector('#graph-canvas'))(window.app)"
+)
+DROP = """([name, data, type]) => {
+  const files = new DataTransfer();
+  files.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name, { type }));
+  const canvas = document.querySelector('#graph-canvas'), box = canvas.getBoundingClientRect();
+  const at = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2 };
+  for (const kind of ['dragover', 'drop'])
+    canvas.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: files, ...at }));
+}"""
+NODES = """() => app.graph.nodes.map((node) => ({
+  type: node.type, id: Number(node.id), known: node.type in LiteGraph.registered_node_types, red: !!node.has_errors }))"""
+
+
+def chromium() -> str:
+    named = os.environ.get("ACCVIDEO_CHROMIUM")
+    found = named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not found:
+        pytest.skip("no Chromium: install it, or set ACCVIDEO_CHROMIUM")
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
+    with sync_api.sync_playwright() as playwright:
+        options = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
+        running = playwright.chromium.launch(executable_path=chromium(), args=options)
+        yield running
+        running.close()
+
+
+class Page:
+    """ComfyUI's page, and the errors it has said since `open`."""
+
+    def __init__(self, browser: Any, server: Server) -> None:
+        self.server, self.errors = server, list[str]()
+        self.page = browser.new_page(viewport={"width": 1600, "height": 900})
+        self.page.set_default_timeout(120_000)
+        self.page.on("console", lambda it: it.type == "error" and self._note(f"{it.text} {it.location.get('url', '')}"))
+        self.page.on("pageerror", lambda it: self._note(str(it)))
+
+    def _note(self, error: str) -> None:
+        if not any(own in error for own in ITS_OWN):
+            self.errors.append(error)
+
+    def open(self, **settings: Any) -> None:
+        for name, value in {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", **settings}.items():
+            body = json.dumps(value).encode()
+            request = urllib.request.Request(f"{self.server.url}/settings/{name}", body, method="POST")
+            urllib.request.urlopen(request).close()
+        self.page.goto(self.server.url)
+        self.page.wait_for_function(READY)
+        self.page.wait_for_timeout(1500)  # it loads its own default workflow
+        self.page.keyboard.press("Escape")
+        self.errors.clear()
+
+    def drop(self, path: Path, kind: str, expected: int) -> list[dict[str, Any]]:
+        """Drop a file onto the canvas; the nodes, once as many are there as expected."""
+        self.page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode(), kind])
+        self.page.wait_for_function(f"app.graph.nodes.length === {expected}")
+        self.page.wait_for_timeout(500)
+        return self.page.evaluate(NODES)
+
+    def run(self) -> None:
+        self.page.keyboard.press("Control+Enter")
+
+    def picture(self, name: str) -> None:
+        if folder := os.environ.get("ACCVIDEO_SCREENSHOTS"):
+            self.page.screenshot(path=Path(folder, self.server.checkout.name, f"{name}.png"))
+
+
+@pytest.fixture
+def page(browser: Any, server: Server) -> Iterator[Page]:
+    (server.base / "input" / "prompts.txt").write_text("a red circle moving right on a black background\n")
+    made = Page(browser, server)
+    yield made
+    made.page.close()
+
+
+def history(server: Server) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{server.url}/history") as answer:
+        return json.load(answer)
+
+
+def test_every_workflow_loads_by_drag_and_drop(page: Page) -> None:
+    page.open()
+    for path in WORKFLOWS:
+        expected = json.loads(path.read_text())["nodes"]
+        nodes = page.drop(path, "application/json", len(expected))
+        assert sorted((it["type"], it["id"]) for it in nodes) == sorted((it["type"], it["id"]) for it in expected), path
+        assert all(it["known"] and not it["red"] for it in nodes), path
+        assert page.page.locator("[role=dialog]:visible").count() == 0, f"{path} opens a dialog"
+        page.picture(path.stem)
+    assert page.errors == []
+
+
+def test_a_run_from_the_page_plays_and_its_file_brings_the_workflow_back(page: Page, tmp_path: Path) -> None:
+    path = ROOT / "workflows" / "accvideo_tiny_t2v.json"
+    expected = len(json.loads(path.read_text())["nodes"])
+    before = set(history(page.server))
+    page.open()
+    page.drop(path, "application/json", expected)
+    page.page.evaluate(
+        "app.graph.nodes.find((it) => it.type === 'AccVideoSampler').widgets.find((it) => it.name === 'seed').value = 99"
+    )
+    page.run()
+    video = page.page.locator("video").first
+    video.wait_for(state="attached", timeout=SECONDS)
+    page.page.wait_for_function(
+        "[...document.querySelectorAll('video')].some((it) => it.readyState >= 2 && it.videoWidth === 64)"
+    )
+    said = page.page.locator(".accvideo-speed").first.inner_text()
+    assert said.startswith("5 steps, ") and "50 steps would take about" in said and said.rstrip().endswith("10 times as long")
+    page.picture("run")
+    (run,) = set(history(page.server)) - before
+    saved = next(it for shown in history(page.server)[run]["outputs"].values() for it in shown.get("images", []))
+    nodes = page.drop(ROOT / "workflows" / "accvideo_tiny_compare.json", "application/json", 10)
+    nodes = page.drop(page.server.base / "output" / saved["subfolder"] / saved["filename"], "video/mp4", expected)
+    assert {it["type"] for it in nodes} >= {"AccVideoTinyModels", "AccVideoSampler", "SaveVideo"}
+    seeds = "app.graph.nodes.find((it) => it.type === 'AccVideoSampler').widgets.find((it) => it.name === 'seed').value"
+    assert page.page.evaluate(seeds) == 99
+    assert page.errors == []
+
+
+def test_the_slider_compares_two_videos_on_one_clock(page: Page) -> None:
+    page.open()
+    page.drop(ROOT / "workflows" / "accvideo_tiny_compare.json", "application/json", 10)
+    page.run()
+    page.page.wait_for_selector(".accvideo-compare video", state="attached", timeout=SECONDS)
+    page.page.wait_for_function("[...document.querySelectorAll('.accvideo-compare video')].every((it) => it.currentTime > 0)")
+    page.page.wait_for_timeout(1500)
+    times = page.page.evaluate("[...document.querySelectorAll('.accvideo-compare video')].map((it) => it.currentTime)")
+    assert abs(times[0] - times[1]) < 0.15
+    captions = page.page.locator(".accvideo-compare span").all_inner_texts()
+    assert captions[0].startswith("teacher, 50 steps, ") and captions[1].endswith(" times faster")
+    cut = "document.querySelector('.accvideo-compare video:nth-of-type(2)').style.clipPath"
+    assert "50%" in page.page.evaluate(cut)
+    stage = page.page.locator(".accvideo-compare video").first.bounding_box()
+    middle = stage["y"] + stage["height"] / 2
+    page.page.mouse.move(stage["x"] + stage["width"] * 0.5, middle)
+    page.page.mouse.down()
+    page.page.mouse.move(stage["x"] + stage["width"] * 0.25, middle, steps=5)
+    page.page.mouse.up()
+    share = float(page.page.evaluate(cut).rsplit(" ", 1)[-1].rstrip("%)"))
+    assert 20 < share < 30
+    page.page.locator(".accvideo-compare button").click()
+    assert page.page.evaluate("[...document.querySelectorAll('.accvideo-compare video')].every((it) => it.paused)")
+    page.picture("slider")
+    assert page.errors == []
+
+
+def test_the_writer_shows_its_dataset(page: Page) -> None:
+    path = ROOT / "workflows" / "accvideo_tiny_synvid.json"
+    page.open()
+    page.drop(path, "application/json", len(json.loads(path.read_text())["nodes"]))
+    page.run()
+    box = page.page.locator(".accvideo-dataset")
+    box.wait_for(state="attached", timeout=SECONDS)
+    assert "1 samples, 51.2 kB of latents" in box.inner_text()
+    page.page.wait_for_function("document.querySelector('.accvideo-dataset img').naturalWidth > 0")
+    page.picture("dataset")
+    assert page.errors == []
+
+
+def test_without_the_extension_everything_runs(page: Page) -> None:
+    page.open(**{"Comfy.Extension.Disabled": ["accvideo"]})
+    try:
+        page.drop(ROOT / "workflows" / "accvideo_tiny_compare.json", "application/json", 10)
+        before = set(history(page.server))
+        page.page.evaluate(
+            "app.graph.nodes.filter((it) => it.type === 'AccVideoSampler').forEach((it) => (it.widgets[0].value = 4321))"
+        )
+        page.run()
+        page.page.wait_for_function("[...document.querySelectorAll('video')].some((it) => it.readyState >= 2)", timeout=SECONDS)
+        (run,) = set(history(page.server)) - before
+        assert history(page.server)[run]["status"]["status_str"] == "success"
+        assert page.page.locator("[class^=accvideo]").count() == 0
+        assert page.errors == []
+    finally:
+        page.open(**{"Comfy.Extension.Disabled": []})
+
+
+def test_nodes_speak_chinese(page: Page) -> None:
+    chinese = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    page.open(**{"Comfy.Locale": "zh"})
+    try:
+        made = page.page.evaluate(
+            """() => {
+              const node = LiteGraph.createNode('AccVideoSampler');
+              app.graph.add(node);
+              const names = [...node.widgets, ...node.inputs].map((it) => it.label ?? it.localized_name ?? it.name);
+              return [node.title, names];
+            }"""
+        )
+        assert made[0] == chinese["AccVideoSampler"]["display_name"]
+        assert {it["name"] for it in chinese["AccVideoSampler"]["inputs"].values()} <= set(made[1])
+        page.picture("chinese")
+    finally:
+        page.open(**{"Comfy.Locale": "en"})
