@@ -108,9 +108,20 @@ def coverage(scenes: Scenes, frames: int = FRAMES, size: int = SIZE) -> Tensor:
 
 def paint(scenes: Scenes, cover: Tensor) -> Tensor:
     """(B, T, H, W, 3) float in [0, 1] from coverage (B, T, H, W)."""
-    colour = torch.tensor(list(COLOURS.values()))[scenes.colour][:, None, None, None]
-    ground = torch.tensor(list(BACKGROUNDS.values()))[scenes.background][:, None, None, None]
-    return torch.lerp(ground, colour, cover[..., None])
+    colour, ground = _colours(scenes)
+    return torch.lerp(ground[:, None, None, None], colour[:, None, None, None], cover[..., None])
+
+
+def contrast(scenes: Scenes) -> Tensor:
+    """(B,) distance in RGB between object and background, 0.5 (green on grey) to 1.6 (white on black)."""
+    colour, ground = _colours(scenes)
+    return (colour - ground).norm(dim=-1)
+
+
+def _colours(scenes: Scenes) -> tuple[Tensor, Tensor]:
+    """(B, 3) of the object and of the background."""
+    colour = torch.tensor(list(COLOURS.values()))[scenes.colour]
+    return colour, torch.tensor(list(BACKGROUNDS.values()))[scenes.background]
 
 
 def render(scenes: Scenes) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
-from ..clips import Scenes, coverage, keyed_generator, paint, sample_scenes
+from ..clips import Scenes, contrast, coverage, keyed_generator, paint, sample_scenes
 from ..prompts import write_prompt
 from ..share import Share
 from ..training import Defaults
@@ -25,7 +25,8 @@ from .common import (
 
 
 class VAETask:
-    """The decoder: L1 + L2 on frames, pixels at and around the object weighted 10 times, through noise of random strength."""
+    """The decoder: L1 + L2 on frames, pixels at and around the object weighted 10 times and more where it differs little from
+    its background, through noise of random strength."""
 
     defaults = Defaults(steps=4000, batch=8, lr=2e-3, warmup=100, ema=0.998)
     noise = 0.25  # the most that is added to latents of unit deviation
@@ -54,7 +55,8 @@ class VAETask:
     def paint(self, scenes: Scenes) -> tuple[Tensor, Tensor]:
         """Frames for the network, and the weight of each of their pixels."""
         cover = coverage(scenes)
-        near = max_pool2d((cover > 0.01).float(), 7, stride=1, padding=3)
+        # Errors count by how much of the object's contrast they are: that is what hides a shape.
+        near = max_pool2d((cover > 0.01).float(), 7, stride=1, padding=3) / contrast(scenes)[:, None, None, None]
         return to_network(paint(scenes, cover), self.device), (1 + 9 * near)[:, None].to(self.device)
 
     def loss(self, step: int, batch: int, rows: slice) -> Tensor:
