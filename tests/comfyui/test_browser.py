@@ -101,9 +101,9 @@ def put_files(server: Server) -> None:
     """An empty file under every name a workflow's loaders ask for: the page marks a node red whose file is not listed."""
     for path in WORKFLOWS:
         for node in json.loads((path.parent / "api" / path.name).read_text()).values():
-            for name in node["inputs"].keys() & FOLDERS.keys():
-                if "Loader" in node["class_type"]:
-                    file = server.base / "models" / FOLDERS[name] / node["inputs"][name]
+            for name, value in node["inputs"].items():
+                if "Loader" in node["class_type"] and name in FOLDERS and isinstance(value, str):
+                    file = server.base / "models" / FOLDERS[name] / value
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.touch()
 
