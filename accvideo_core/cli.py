@@ -46,6 +46,7 @@ COMMANDS = {
     "merge-lora": Command("lora.merge", "MergeArgs", "a checkpoint with LoRAs merged into it"),
     "extract-lora": Command("lora.extract", "ExtractArgs", "the difference of two checkpoints as a LoRA"),
     "convert": Command("checkpoint.convert", "ConvertArgs", "a checkpoint in another layout or dtype"),
+    "tiny prompts": Command("studies.plans", "PlanArgs", "prompts of the tiny world, to capture from and to judge by"),
     "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, teacher, student"),
 }
 

@@ -34,14 +34,14 @@ from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path, check_writable
 from ..synvid import SynVidDataset
 from ..tiny import load_text_encoder, load_vae, part_hash, weights_path
-from ..tiny.clips import keyed_generator, sample_scenes
+from ..tiny.clips import keyed_generator
 from ..tiny.pipeline import PRESET, TinyPipeline
-from ..tiny.prompts import open_some, write_prompt
 from ..tiny.training import check_made_from
 from . import ablation_report, plots
 from .arms import ARMS, Arm, ForwardSource, captured, forward_segments
 from .exam import Row, read_clips, read_plan, score_reads
 from .fidelity import Made, fidelity, forced, make, plain
+from .plans import drawn_plan
 
 RESULT = "result.json"
 
@@ -152,16 +152,6 @@ def prepare(args: AblateArgs) -> Study:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(recipe, indent=1) + "\n", encoding="utf-8")
     return study
-
-
-def drawn_plan(count: int) -> list[Row]:
-    """Prompts of the tiny world with 1 to 4 attributes named."""
-    rows = []
-    for number in range(count):
-        generator = keyed_generator("ablation plan", number)
-        named = open_some(sample_scenes(1, generator).names(0), generator)
-        rows.append(Row(write_prompt(named, generator), int(torch.randint(2**53, (), generator=generator)), named))
-    return rows
 
 
 def config_of(args: AblateArgs, arm: Arm, updates: int, seed: int) -> TrainConfig:

@@ -115,8 +115,8 @@ def test_wrong_usage_is_code_2_on_stderr(wing, capsys: pytest.CaptureFixture[str
     [
         (["generat"], "unknown command 'generat'; did you mean 'generate'? `accvideo --help` lists the commands"),
         (["--frames"], "unknown command '--frames'; `accvideo --help` lists the commands"),
-        (["tiny"], "'tiny' is only the first word of a command; choose: tiny train"),
-        (["tiny", "paint"], "'tiny' is only the first word of a command; choose: tiny train"),
+        (["tiny"], "'tiny' is only the first word of a command; choose: tiny prompts, tiny train"),
+        (["tiny", "paint"], "'tiny' is only the first word of a command; choose: tiny prompts, tiny train"),
     ],
 )
 def test_unknown_commands(capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:
@@ -228,6 +228,9 @@ BAD_INPUT = [
     ("inspect FOLDER/text.safetensors", 1, ["FOLDER/text.safetensors"]),
     ("inspect FOLDER/other.safetensors", 1, ["FOLDER/other.safetensors"]),
     ("inspect FOLDER", 1, ["FOLDER"]),
+    ("tiny prompts 0 -o FOLDER/new.jsonl", 2, ["count is 0", "1 prompt or more"]),
+    ("tiny prompts 3 -o FOLDER/new.txt", 2, ["new.txt", "must end in .jsonl"]),
+    ("tiny prompts 3 -o FOLDER/file/new.jsonl", 1, ["FOLDER/file", "part of the path is a file"]),
     ("tiny train vae --run FOLDER/file", 1, ["FOLDER/file", "part of the path is a file"]),
     ("tiny train vae --run FOLDER/run --weights FOLDER/file", 1, ["FOLDER/file", "part of the path is a file"]),
     ("tiny train vae --run FOLDER/run --steps -1", 2, ["steps is -1", "at least 1"]),

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from accvideo_core.errors import CheckpointError, InvalidValueError
 from accvideo_core.sampling import make_noise
 from accvideo_core.studies import evaluation, fidelity
-from accvideo_core.studies.ablate import drawn_plan
 from accvideo_core.studies.exam import read_clips, score_reads
+from accvideo_core.studies.plans import drawn_plan
 from accvideo_core.tiny.clips import keyed_generator, render, sample_scenes
 from accvideo_core.tiny.pipeline import PRESET, TinyPipeline
 from tests.networks import TWO_HEADS, random_weights

@@ -250,3 +250,21 @@ def test_a_document_points_at_files_that_exist_and_is_finished(document: Path) -
     assert not re.findall(r"@[A-Z]{3,}@|TODO|FIXME", text)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         assert target.startswith(("http://", "https://")) or (document.parent / target).exists(), target
+
+
+def test_the_chinese_readme_says_what_the_english_one_does() -> None:
+    """The same headings, commands, links and rows of tables, in the same order."""
+
+    def skeleton(name: str) -> dict[str, list[str]]:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        links = set(re.findall(r"\]\(([^)\s]+)\)", prose)) - {"README.md", "README_zh.md"}
+        return {
+            "code": re.findall(r"^```.*?^```$", text, re.MULTILINE | re.DOTALL),
+            "headings": re.findall(r"^#+ ", prose, re.MULTILINE),
+            "links": sorted(links),
+            "rows": [re.sub("、", ", ", row) for row in re.findall(r"^\| (AccVideo[^|]*) \|", prose, re.MULTILINE)],
+            "tables": re.findall(r"^\|(?=.*\|$)", prose, re.MULTILINE),
+        }
+
+    assert skeleton("README_zh.md") == skeleton("README.md")

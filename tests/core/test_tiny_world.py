@@ -14,7 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from accvideo_core import cli
 from accvideo_core.errors import AccVideoWarning, PromptError
+from accvideo_core.studies.exam import read_plan
+from accvideo_core.studies.plans import drawn_plan
+from accvideo_core.synvid.prompts import read_prompts
 from accvideo_core.tiny import clips, oracle
 from accvideo_core.tiny.prompts import SYNONYMS, open_some, read_prompt, write_prompt
 from accvideo_core.tiny.text import MAX_TOKENS, tokenize
@@ -160,3 +164,14 @@ def test_unknown_words_are_named_and_hopeless_prompts_refused():
         tokenize("2 red ball3")
     with pytest.warns(AccVideoWarning, match=r"more than one colour \(red, blue\)"):
         tokenize("a red blue ball")
+
+
+def test_a_written_plan_is_judged_and_captured_by(tmp_path):
+    path = tmp_path / "plan.jsonl"
+    assert cli.main(["tiny", "prompts", "40", "-o", str(path), "--seed", "3"]) == 0
+    rows = read_plan(path)
+    assert rows == drawn_plan(60, seed=3)[:40] and rows != drawn_plan(40, seed=4)
+    assert all(read_prompt(row.prompt) == row.named for row in rows)
+    assert [(prompt.text, prompt.seed) for prompt in read_prompts(path)] == [(row.prompt, row.seed) for row in rows]
+    before = path.read_bytes()
+    assert cli.main(["tiny", "prompts", "1", "-o", str(path)]) == 2 and path.read_bytes() == before
