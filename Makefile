@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_PROMPTS := "a red circle moving right on a black background" "a blue square moving down" "a shape"
 
-.PHONY: demo test lint format thumbnails locales clean
+.PHONY: demo test lint format screenshots thumbnails locales clean
 
 demo: .venv/installed
 	$(BIN)/accvideo compare $(DEMO_PROMPTS) --out out/demo
@@ -24,6 +24,11 @@ lint: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation's pictures of ComfyUI's page, made by the browser tests in ~/comfy/ComfyUI; needs Chromium.
+screenshots: .venv/installed-dev
+	ACCVIDEO_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest tests/comfyui/test_browser.py
+	install -m 644 out/screenshots/ComfyUI/run.png out/screenshots/ComfyUI/slider.png docs/images
 
 # Pictures of workflows/*.json from real runs in the first ComfyUI found; needs the bundled weights.
 thumbnails: .venv/installed-dev

@@ -1,6 +1,7 @@
 """Trainings of the tiny models small enough for a test, in this process or, run as a script, under torchrun."""
 
 import contextlib
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from accvideo_core.tiny import tasks, training
-from accvideo_core.tiny.tasks import flow, student
+from accvideo_core.tiny.tasks import flow, student, trajectories
 
 
 def train(part, folder, steps, stop_at=None, **kw):
@@ -18,10 +19,10 @@ def train(part, folder, steps, stop_at=None, **kw):
     task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories, args.weaker)
     if part in ("vae", "decoder"):
         task.statistics = 32
-    if part in ("base", "teacher"):
+    if part in ("base", "guided"):
         task.pool.size, task.pool.reuse = 4, 1  # a new pool every other step
-    if part == "student":
-        task.chunk = 2
+    if part in ("teacher", "student"):
+        task.capture = dataclasses.replace(task.capture, chunk=2)
     if stop_at is not None:
         real = task.loss
 
@@ -38,7 +39,7 @@ def train(part, folder, steps, stop_at=None, **kw):
 def few_teacher_steps():
     """The teacher samples in 5 steps instead of 50."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (flow, student):
+        for module in (flow, student, trajectories):
             patch.setattr(module, "TEACHER_STEPS", 5)
         yield
 

@@ -27,13 +27,14 @@ def weights_folder() -> Path:
 
 
 def weights_path(name: str, folder: Path | None = None) -> Path:
-    """File of `student`, `teacher`, `text_encoder` or `vae`; training also leaves the teacher's `base` in its folder."""
+    """File of `student`, `teacher`, `text_encoder` or `vae`; training also leaves what the teacher is made of, `base` and
+    `guided`, in its folder."""
     return (folder or weights_folder()) / f"{name}.safetensors"
 
 
 def part_hash(part: str, folder: Path | None = None) -> str:
-    """sha256 of what a network depends on: the file of `base`, `teacher` or `text_encoder`, or of `encoder` only those tensors of
-    the VAE's file that make latents, so that a better decoder still fits. CheckpointError if it cannot be read."""
+    """sha256 of what a network depends on: the file of `base`, `guided`, `teacher` or `text_encoder`, or of `encoder` only those
+    tensors of the VAE's file that make latents, so that a better decoder still fits. CheckpointError if it cannot be read."""
     path = weights_path("vae" if part == "encoder" else part, folder)
     try:
         if part != "encoder":
@@ -47,7 +48,7 @@ def part_hash(part: str, folder: Path | None = None) -> str:
         raise _missing(path, error) from error
 
 
-def check_match(which: Which | Literal["base"], folder: Path | None = None) -> None:
+def check_match(which: Which | Literal["base", "guided"], folder: Path | None = None) -> None:
     """CheckpointError unless the network was trained on the text encoder and the latents of the VAE that lie beside it.
 
     Training writes their sha256 into the network's metadata; a file without it is taken as it is.
@@ -67,7 +68,10 @@ def check_match(which: Which | Literal["base"], folder: Path | None = None) -> N
 
 
 def load_tiny(
-    which: Which | Literal["base"] = "student", device: Any = "cpu", dtype: torch.dtype | None = None, folder: Path | None = None
+    which: Which | Literal["base", "guided"] = "student",
+    device: Any = "cpu",
+    dtype: torch.dtype | None = None,
+    folder: Path | None = None,
 ) -> tuple[HunyuanVideoDiT, TinyTextEncoder, TinyVAE]:
     """(network, text encoder, VAE), ready to sample: evaluation mode, no gradients.
 

@@ -1,4 +1,4 @@
-"""Training of the bundled models: one resumable loop for the VAE, the teacher (with the text encoder) and the student.
+"""Training of the bundled models: one resumable loop for the VAE, the text encoder, the teacher and the student.
 
 Every draw is keyed by (seed, part, step), so a run that was stopped and resumed sees what an unbroken one would. Started
 through torchrun, each process computes its share of every batch's rows and gradients are averaged: the same training, faster.
@@ -26,7 +26,7 @@ from ..files import atomic_path, check_writable
 from .muon import Muon
 from .share import Share
 
-Part = Literal["vae", "base", "teacher", "decoder", "student"]
+Part = Literal["vae", "base", "guided", "teacher", "decoder", "student"]
 PARTS: tuple[Part, ...] = get_args(Part)  # in the order they are made
 
 
@@ -37,8 +37,9 @@ class TrainArgs:
     To split every batch among processes: torchrun --standalone --nproc-per-node 2 -m -- accvideo_core tiny train ..."""
 
     part: tyro.conf.Positional[Part]
-    """What to train, each from those before it: the VAE; base, by flow matching; the teacher, which is the base with its
-    guidance distilled in; decoder, the VAE's trained on through the teacher; the student."""
+    """What to train, each from those before it: the VAE; base, by flow matching; guided, the base with its guidance distilled in;
+    the teacher, which is that with what a prompt leaves open completed; decoder, the VAE's trained on through the teacher; the
+    student."""
     steps: int | None = None
     """Optimizer steps in all; default: the part's own. The model card names what made the bundled weights."""
     batch: int | None = None
@@ -55,9 +56,9 @@ class TrainArgs:
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     weaker: Path | None = None
-    """Teacher only: a copy of the --weights folder from earlier in the base's training, to guide away from."""
-    trajectories: int = 512
-    """Student only: trajectories captured from the teacher to learn from."""
+    """Guided only: a copy of the --weights folder from earlier in the base's training, to guide away from."""
+    trajectories: int = 1024
+    """Teacher and student only: trajectories captured to learn from, of the guided base or the teacher."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 

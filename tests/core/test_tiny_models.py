@@ -20,9 +20,11 @@ from safetensors.torch import load_file, save_file
 from accvideo_core.devices import pick_device
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
 from accvideo_core.sampling import make_noise
+from accvideo_core.schedule import PRESETS
 from accvideo_core.studies import compare, evaluation
 from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
+from accvideo_core.tiny.prompts import read_prompt
 from accvideo_core.tiny.tasks import flow
 from accvideo_core.tiny.tasks.common import to_network
 from accvideo_core.tiny.tasks.student import StudentTask
@@ -180,7 +182,7 @@ def as_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("as_base")
     for part in ("text_encoder", "vae"):
         shutil.copy(weights_path(part), folder)
-    for part in ("base", "teacher"):
+    for part in ("base", "guided", "teacher"):
         shutil.copy(weights_path("student"), folder / f"{part}.safetensors")
     return folder
 
@@ -208,7 +210,9 @@ def test_shape_filters_tell_shapes_apart_from_all_else(as_base):
 def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base):
     task = flow.BaseTask(0, torch.device("cpu"), as_base)
     difference = make_noise((2, 16, 5, 8, 8), [0, 1])
-    view = torch.nn.functional.conv2d(difference.transpose(1, 2).flatten(0, 1), task.filters, padding=1).unflatten(0, (2, 5))
+    view = torch.nn.functional.conv2d(difference.transpose(1, 2).flatten(0, 1), task.error.filters, padding=1).unflatten(
+        0, (2, 5)
+    )
     each = (difference.square().mean((1, 2, 3, 4)) + view.square().mean((1, 2, 3, 4))) / 2
     at = torch.tensor([0.5, 1.0])
     torch.testing.assert_close(task.error(difference, at), (each / torch.tensor([0.39, 6.3])).mean())
@@ -216,9 +220,9 @@ def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base):
     torch.testing.assert_close(between, torch.tensor([(0.55 * 0.39) ** -0.5]))
 
 
-def test_the_teacher_learns_what_guidance_makes_of_the_base(as_base, tmp_path):
+def test_the_guided_base_learns_what_guidance_makes_of_it(as_base, tmp_path):
     """The base's velocity, pushed on from the one without a prompt, and from a weaker base's where there is one."""
-    task = flow.TeacherTask(0, torch.device("cpu"), as_base)
+    task = flow.GuidedTask(0, torch.device("cpu"), as_base)
     task.pool.size = 4
     batch = task.draw(0, 4, slice(1, 3))
 
@@ -233,7 +237,7 @@ def test_the_teacher_learns_what_guidance_makes_of_the_base(as_base, tmp_path):
     shutil.copytree(as_base, tmp_path / "early")
     state = load_file(as_base / "base.safetensors")
     save_file({name: t * 0.9 for name, t in state.items()}, tmp_path / "early" / "base.safetensors")
-    guided = flow.TeacherTask(0, torch.device("cpu"), as_base, tmp_path / "early")
+    guided = flow.GuidedTask(0, torch.device("cpu"), as_base, tmp_path / "early")
     guided.pool.size = 4
     more = guided.push * (said - velocity(guided.weaker, batch.prompts))
     assert more.abs().max() > 0.1
@@ -241,6 +245,42 @@ def test_the_teacher_learns_what_guidance_makes_of_the_base(as_base, tmp_path):
     assert guided.made_from["weaker"] != guided.made_from["base"] == task.made_from["base"] and "weaker" not in task.made_from
     task.scale = 1.0
     assert task.loss(0, 4, slice(1, 3)) < 1e-9 < loss
+
+
+def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, few_steps):
+    """From a point of a trajectory, with a part of its prompt, it learns where the guided base goes with the whole of it."""
+    task = flow.TeacherTask(0, torch.device("cpu"), as_base, tmp_path, 4)
+    task.prepare(training.Share())
+    assert task.latents.shape == (4, 3, 16, 5, 8, 8) and len(task.sigmas) == 3
+    assert all(
+        set(named) == set(clips.CLASSES) and read_prompt(p) == named for p, named in zip(task.prompts, task.names, strict=True)
+    )
+    sigmas = PRESETS["tiny"].sigmas(5)
+    for prompt, latents in zip(task.prompts, task.latents, strict=True):
+        x = latents[:1].float()  # the noise, rounded to float16, gives the trajectory again
+        for i in range(4):
+            cond = task.text.condition([prompt], torch.tensor([6.0]))
+            with torch.no_grad():
+                x = x + (sigmas[i + 1] - sigmas[i]) * task.guided(x, sigmas[i : i + 1], cond).float()
+            if i % 2:
+                torch.testing.assert_close(latents[(i + 1) // 2][None].float(), x, rtol=0.02, atol=0.02)
+    seen = []
+    network = task.network
+
+    def spy(noisy, sigma, cond):
+        seen.append((noisy, sigma, cond))
+        return network(noisy, sigma, cond)
+
+    task.network = spy
+    loss = task.loss(0, 4, slice(1, 3))
+    (noisy, sigma, cond) = seen[0]
+    places = [(int(i), int(k)) for x in noisy for i in range(4) for k in range(3) if torch.equal(task.latents[i, k].float(), x)]
+    assert len(places) == 2 and torch.equal(sigma, task.sigmas[[k for _, k in places]])
+    whole = task.text.condition([task.prompts[i] for i, _ in places], cond.guidance)
+    with torch.no_grad():
+        expected = task.error(network(noisy, sigma, cond).float() - task.guided(noisy, sigma, whole).float(), sigma)
+    torch.testing.assert_close(loss, expected)
+    assert loss > 0  # the prompt it sees leaves something open
 
 
 def test_the_decoder_learns_from_what_the_teacher_denoised(as_base):
@@ -294,7 +334,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr[-2000:]
     train_all(alone)
-    for name in ("vae", "text_encoder", "base", "teacher", "student"):
+    for name in ("vae", "text_encoder", "base", "guided", "teacher", "student"):
         left, right = (load_file(folder / f"{name}.safetensors") for folder in (alone, shared))
         for key in left:
             torch.testing.assert_close(left[key].float(), right[key].float(), rtol=0.02, atol=1e-4)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..training import Part, Task
-from .flow import BaseTask, TeacherTask
+from .flow import BaseTask, GuidedTask, TeacherTask
 from .student import StudentTask
 from .vae import DecoderTask, VAETask
 
@@ -22,6 +22,8 @@ def make_task(
         return BaseTask(seed, device, weights)
     if part == "decoder":
         return DecoderTask(seed, device, weights)
+    if part == "guided":
+        return GuidedTask(seed, device, weights, weaker)
     if part == "teacher":
-        return TeacherTask(seed, device, weights, weaker)
+        return TeacherTask(seed, device, weights, run, trajectories)
     return StudentTask(seed, device, weights, run, trajectories)
