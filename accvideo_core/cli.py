@@ -43,8 +43,8 @@ COMMANDS = {
     "toy": Command("studies.toy", "ToyArgs", "the paper's 1-D experiment: data points that are no use to distillation"),
     "ablate": Command("studies.ablate", "AblateArgs", "what each part of the method is worth, measured on the tiny world"),
     "inspect": Command("inspect", "InspectArgs", "what a checkpoint, a LoRA or a dataset is, and whether it is whole and sound"),
-    "merge-lora": Command("lora.merge", "MergeArgs", "a checkpoint with LoRAs merged into it"),
-    "extract-lora": Command("lora.extract", "ExtractArgs", "the difference of two checkpoints as a LoRA"),
+    "merge-lora": Command("lora.merge_command", "MergeArgs", "a checkpoint with LoRAs merged into it"),
+    "extract-lora": Command("lora.extract_command", "ExtractArgs", "the difference of two checkpoints as a LoRA"),
     "convert": Command("checkpoint.convert", "ConvertArgs", "a checkpoint in another layout or dtype"),
     "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, teacher, student"),
 }

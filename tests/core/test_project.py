@@ -29,13 +29,14 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 FLOORS = (
     {"__init__", "errors"},
     {"files", "devices", "progress"},
-    {"schedule", "dit", "media", "comfy_client"},
+    {"schedule", "dit", "media", "comfy_client", "comfy_workflow"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
     {"distill"},
     {"tiny"},
     {"studies", "headless"},
-    {"comfy_queue", "cli", "inspect"},
+    {"comfy_run", "inspect"},
+    {"comfy_queue", "cli"},
     {"__main__"},
 )
 FLOOR_OF = {part: height for height, parts in enumerate(FLOORS) for part in parts}
@@ -162,6 +163,41 @@ def test_importing_the_library_imports_no_comfyui_and_starts_nothing() -> None:
     loaded = {name.split(".")[0] for name in run.stdout.split()}
     assert loaded.isdisjoint({"comfy", "comfy_api", "comfy_extras", "nodes", "folder_paths", "server", "execution"})
     assert loaded.isdisjoint({"matplotlib", "tensorboard", "transformers", "diffusers", "sageattention", "gguf"})
+
+
+def node_imports() -> tuple[set[str], set[str]]:
+    """What ComfyUI's start brings in: (source files of the pack, other packages), through imports at module level from `nodes/`
+    on, and from every package's __init__ on the way."""
+    files: set[str] = set()
+    others: set[str] = set()
+    waiting = ["nodes/__init__.py", "accvideo_core/__init__.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in files:
+            continue
+        files.add(path)
+        for name in imports_of(ROOT / path, everywhere=False):
+            parts = name.split(".")
+            if parts[0] not in ("accvideo_core", "nodes"):
+                others.add(parts[0])
+                continue
+            for length in range(1, len(parts) + 1):
+                stem = ROOT.joinpath(*parts[:length])
+                for module in (stem.with_suffix(".py"), stem / "__init__.py"):
+                    if module.is_file():
+                        waiting.append(module.relative_to(ROOT).as_posix())
+    return files, others
+
+
+def test_the_nodes_start_with_little() -> None:
+    """ComfyUI waits for every pack: no training, studies, tiny world or command line, and nothing ComfyUI itself lacks."""
+    files, others = node_imports()
+    assert {"nodes/bridge.py", "accvideo_core/lora/merge.py", "accvideo_core/synvid/store.py"} <= files
+    heavy = ("distill", "studies", "headless", "tiny", "cli.py", "comfy_queue.py", "inspect.py")
+    assert [file for file in files if file.startswith(tuple(f"accvideo_core/{part}" for part in heavy))] == []
+    comfyui = {"comfy", "comfy_api", "folder_paths", "latent_preview", "node_helpers"}
+    its_own = {"torch", "safetensors", "einops", "numpy", "av", "PIL", "tqdm", "aiohttp", "fsspec"}
+    assert others - comfyui - its_own - set(sys.stdlib_module_names) == set()
 
 
 def test_no_module_of_this_run_is_the_repository_root() -> None:
