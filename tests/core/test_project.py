@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,13 +30,14 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 FLOORS = (
     {"__init__", "errors"},
     {"files", "devices", "progress"},
-    {"schedule", "dit", "media", "comfy_client"},
+    {"schedule", "dit", "media", "comfy_client", "comfy_workflow"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
     {"distill"},
     {"tiny"},
     {"studies", "headless"},
-    {"comfy_queue", "cli", "inspect"},
+    {"comfy_run", "inspect"},
+    {"comfy_queue", "cli"},
     {"__main__"},
 )
 FLOOR_OF = {part: height for height, parts in enumerate(FLOORS) for part in parts}
@@ -164,6 +166,41 @@ def test_importing_the_library_imports_no_comfyui_and_starts_nothing() -> None:
     assert loaded.isdisjoint({"matplotlib", "tensorboard", "transformers", "diffusers", "sageattention", "gguf"})
 
 
+def node_imports() -> tuple[set[str], set[str]]:
+    """What ComfyUI's start brings in: (source files of the pack, other packages), through imports at module level from `nodes/`
+    on, and from every package's __init__ on the way."""
+    files: set[str] = set()
+    others: set[str] = set()
+    waiting = ["nodes/__init__.py", "accvideo_core/__init__.py"]
+    while waiting:
+        path = waiting.pop()
+        if path in files:
+            continue
+        files.add(path)
+        for name in imports_of(ROOT / path, everywhere=False):
+            parts = name.split(".")
+            if parts[0] not in ("accvideo_core", "nodes"):
+                others.add(parts[0])
+                continue
+            for length in range(1, len(parts) + 1):
+                stem = ROOT.joinpath(*parts[:length])
+                for module in (stem.with_suffix(".py"), stem / "__init__.py"):
+                    if module.is_file():
+                        waiting.append(module.relative_to(ROOT).as_posix())
+    return files, others
+
+
+def test_the_nodes_start_with_little() -> None:
+    """ComfyUI waits for every pack: no training, studies, tiny world or command line, and nothing ComfyUI itself lacks."""
+    files, others = node_imports()
+    assert {"nodes/bridge.py", "accvideo_core/lora/merge.py", "accvideo_core/synvid/store.py"} <= files
+    heavy = ("distill", "studies", "headless", "tiny", "cli.py", "comfy_queue.py", "inspect.py")
+    assert [file for file in files if file.startswith(tuple(f"accvideo_core/{part}" for part in heavy))] == []
+    comfyui = {"comfy", "comfy_api", "folder_paths", "latent_preview", "node_helpers"}
+    its_own = {"torch", "safetensors", "einops", "numpy", "av", "PIL", "tqdm", "aiohttp", "fsspec"}
+    assert others - comfyui - its_own - set(sys.stdlib_module_names) == set()
+
+
 def test_no_module_of_this_run_is_the_repository_root() -> None:
     roots = [name for name, module in sys.modules.items() if getattr(module, "__file__", None) == str(ROOT / "__init__.py")]
     assert roots == []
@@ -229,6 +266,76 @@ def test_registry_entry() -> None:
     for ignored in (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines():
         kept = ("accvideo_core", "nodes", "web", "locales", "workflows", "__init__.py", "requirements.txt", "pyproject.toml")
         assert ignored.strip("/") not in kept
+
+
+def published() -> list[Path]:
+    """What the registry hands out: the files git knows, less those .comfyignore names."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("no git checkout: what is published cannot be listed")
+
+    def listed(*options: str) -> set[str]:
+        command = ["git", "-c", "core.quotepath=off", "ls-files", *options]
+        return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines())
+
+    return sorted(ROOT / name for name in listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore"))
+
+
+def test_what_is_published_is_whole_and_holds_nothing_else() -> None:
+    files = {path.relative_to(ROOT).as_posix(): path for path in published()}
+    tops = {name.split("/")[0] for name in files}
+    parts = {"__init__.py", "nodes", "accvideo_core", "web", "locales", "workflows"}
+    papers = {"pyproject.toml", "requirements.txt", "LICENSE", "README.md", "CHANGELOG.md"}
+    assert parts | papers <= tops <= parts | papers | {"README_zh.md", "README.zh.md", "docs", ".comfyignore", ".gitignore"}
+    assert {path.relative_to(ROOT).as_posix() for path in SOURCES} <= set(files)
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    assert max(sizes.values()) < 10e6 and sum(sizes.values()) < 32e6
+
+
+def test_what_is_published_keeps_the_registrys_standards() -> None:
+    """No eval or exec, nothing installed at run time, and sources every Windows console can show."""
+    for path in published():
+        if path.suffix != ".py":
+            continue
+        text = path.read_text(encoding="utf-8")
+        text.encode("cp1252")
+        for node in ast.walk(ast.parse(text)):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert called not in {"eval", "exec", "compile", "os.system", "__import__"}, f"{path}:{node.lineno}: {called}"
+            words = [it.value for it in ast.walk(node) if isinstance(it, ast.Constant)] if called else []
+            assert not {"pip", "install"} <= set(words), f"{path}:{node.lineno}: installs something"
+
+
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.name)
+def test_a_github_workflow_runs_what_is_there(path: Path) -> None:
+    """Its make targets and scripts exist, and no action of others is taken from a branch that can move."""
+    yaml = pytest.importorskip("yaml", reason="no PyYAML, which transformers brings")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    steps = [step for job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].values() for step in job["steps"]]
+    assert steps
+    for step in steps:
+        commands = step.get("run", "")
+        assert set(re.findall(r"\bmake ([a-z-]+)", commands)) <= targets
+        for file in re.findall(r"\bpython (\S+\.py)", commands) + re.findall(r"\bpytest (\S+)", commands):
+            assert (ROOT / file).exists(), file
+        owner, _, version = step.get("uses", "actions/").partition("@")
+        assert owner.startswith("actions/") or re.fullmatch("[0-9a-f]{40}", version), step["uses"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the workflow runs it on Python 3.12, which has tomllib")
+def test_a_release_says_what_the_registry_still_lacks(tmp_path: Path) -> None:
+    (tmp_path / ".github").mkdir()
+    shutil.copy2(ROOT / ".github" / "check_release.py", tmp_path / ".github")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    lacking = re.sub(r"^Icon = .*$", 'Icon = "docs/icon.png"', re.sub(r"^Repository = .*$", "", text, flags=re.M), flags=re.M)
+    whole = lacking.replace('"docs/icon.png"', '"https://example.org/icon.png"')
+    whole += '[project.urls]\nRepository = "https://example.org/accvideo"\n'
+    for content, code, said in ((lacking, 1, "not a web address"), (whole, 0, "new=true")):
+        (tmp_path / "pyproject.toml").write_text(content, encoding="utf-8")
+        run = subprocess.run([sys.executable, ".github/check_release.py"], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == code and said in run.stdout + run.stderr, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(
