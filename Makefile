@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_PROMPTS := "a red circle moving right on a black background" "a blue square moving down" "a shape"
 
-.PHONY: demo test lint format thumbnails locales clean
+.PHONY: demo test lint format workflows thumbnails locales clean
 
 demo: .venv/installed
 	$(BIN)/accvideo compare $(DEMO_PROMPTS) --out out/demo
@@ -24,6 +24,10 @@ lint: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# workflows/*.json and workflows/api/*.json from their descriptions in tests/comfyui/workflow_list.py.
+workflows: .venv/installed-dev
+	$(BIN)/python -m tests.comfyui.workflow_list
 
 # Pictures of workflows/*.json from real runs in the first ComfyUI found; needs the bundled weights.
 thumbnails: .venv/installed-dev
