@@ -43,7 +43,7 @@ BESIDE = 1.2 * GIB  # ComfyUI's least free memory of 0.8 GiB and 0.4 GiB for oth
 TEXT = 256  # tokens
 # GB, as `counted_decoding` finds them: (pixels, frames) of a tile
 DECODING = {(256, 32): 4.4, (256, 64): 9.1, (512, 64): 36.2}
-ENCODERS = {"HunyuanVideo": 9.1e9, "Wan": 6.7e9}  # bytes of the text encoders' files: fp8 Llama 3 with CLIP-L, fp8 UMT5
+ENCODERS = {"HunyuanVideo": 9.3e9, "Wan": 6.7e9}  # bytes of the text encoders' files: fp8 Llama 3 with CLIP-L, fp8 UMT5
 
 
 def weight_bytes(config: DiTConfig | WanConfig, kept: str) -> float:

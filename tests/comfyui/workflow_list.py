@@ -125,9 +125,7 @@ def _tiny(g: Graph, which: str = "student") -> Node:
 
 
 TINY_SIZE = (64, 64, 17)
-NO_DOWNLOAD = (
-    "Runs at once on a CPU: the tiny models come with AccVideo, no file is needed. **Memory:** under 1 GB of RAM for them."
-)
+NO_DOWNLOAD = "Runs at once on a CPU: the tiny models come with AccVideo, no file is needed. **Memory:** under 1 GB of RAM."
 
 
 def t2v(g: Graph, size: tuple[int, int, int] = (960, 544, 93), name: str = "AccVideo_t2v") -> None:
@@ -142,7 +140,7 @@ def t2v(g: Graph, size: tuple[int, int, int] = (960, 544, 93), name: str = "AccV
     _note(
         g,
         f"HunyuanVideo in 5 steps: {size[0]} x {size[1]}, {size[2]} frames",
-        "The AccVideo student was distilled for these 5 steps, shift 7 and guidance 6, without CFG: more steps or CFG do not help.",
+        "The AccVideo student was distilled for these 5 steps, with shift 7, guidance 6 and no CFG; more of them do not help.",
         _groups(FIRST, WORDS, "Sample: noise to latent in 5 steps.", LAST),
         _files(
             *(STUDENT, CLIP_L, LLAMA, VAE),
@@ -208,11 +206,11 @@ def teacher_lora(g: Graph) -> None:
     _note(
         g,
         "The HunyuanVideo teacher made a student by a LoRA",
-        "If you have HunyuanVideo already, this LoRA of 157 MB is all that 5 steps take. It holds the student's difference in rank "
-        "16, so it comes near the student, not to it.",
+        "If you have HunyuanVideo already, this LoRA is all that 5 steps take. It holds the student's difference in "
+        "rank 16, so it comes near the student, not to it.",
         _groups(
             FIRST,
-            "LoRA: AccVideo's 5-step LoRA, every module of it reported.",
+            "LoRA: AccVideo's 5-step LoRA, and a report of it.",
             WORDS,
             "Sample: noise to latent in 5 steps.",
             LAST,
@@ -310,7 +308,7 @@ def synvid(g: Graph) -> None:
         ),
         _files(
             *(TEACHER, CLIP_L, LLAMA, VAE),
-            extra="- `input/prompts.txt` one prompt a line\n- written to `output/synvid/synvid_medium`: 31 MB a sample and its MP4",
+            extra="- `input/prompts.txt` one prompt a line\n- written to `output/synvid/synvid_medium`: 31 MB a sample, and MP4s",
         ),
         _memory(memory.HUNYUAN, "bf16", (960, 544, 93), (256, 64), "HunyuanVideo"),
     )
@@ -355,8 +353,8 @@ def plan(g: Graph) -> None:
         "Text encoders run once, here; the teacher then captures on as many GPUs as there are.",
         _groups("Models: the text encoders alone.", *PLAN),
         _files(CLIP_L, LLAMA, extra="- `input/prompts.txt` one prompt a line\n- written to `output/synvid/synvid_medium`"),
-        f"**Memory (computed, not measured):** the text encoders' {memory.ENCODERS['HunyuanVideo'] / 1e9:.1f} GB, on the card or, "
-        "with device cpu, in RAM.",
+        f"**Memory (computed, not measured):** the text encoders' {memory.ENCODERS['HunyuanVideo'] / 1e9:.1f} GB, on the card "
+        "or, with device cpu, in RAM.",
     )
 
 
@@ -381,7 +379,8 @@ def merge(g: Graph) -> None:
         _files(
             TEACHER, LORA, extra="- written to `models/diffusion_models/accvideo/teacher_with_lora.safetensors`, 25.6 GB of disk"
         ),
-        "**Memory (computed, not measured):** no card; RAM for a few tensors at a time, the largest of 264 MB in fp32: about 1 GB.",
+        "**Memory (computed, not measured):** no card; RAM for a few tensors at a time, the largest of 264 MB in fp32. "
+        "On a file of this size the merge was measured at 1.0 GB (docs/benchmarks.md).",
     )
 
 
@@ -407,7 +406,7 @@ def extract(g: Graph) -> None:
             extra=f"- better than the fp8 student: `accvideo-t2v-5-steps/diffusion_pytorch_model.pt` of "
             f"[aejion/AccVideo]({HUB}aejion/AccVideo)\n- written to `models/loras/accvideo/student_rank32.safetensors`",
         ),
-        "**Memory (computed, not measured):** no card; RAM for a few matrices at a time, the largest of 264 MB in fp32: about 2 GB.",
+        "**Memory (computed, not measured):** no card; RAM for a few matrices at a time, the largest of 264 MB in fp32.",
     )
 
 
@@ -433,8 +432,8 @@ def gguf(g: Graph) -> None:
         _groups(FIRST, WORDS, "Sample: noise to latent in 5 steps.", LAST),
         _files(
             *(CLIP_L, LLAMA, VAE),
-            extra=f"- `models/diffusion_models/` [{GGUF}]({HUB}{KIJAI}/{GGUF}); ComfyUI cannot fetch GGUF files itself, so download "
-            "it by hand. Q8_0 of the same folder is better and larger (13.6 GB).",
+            extra=f"- `models/diffusion_models/` [{GGUF}]({HUB}{KIJAI}/{GGUF}); ComfyUI cannot fetch GGUF files itself, so "
+            "download it by hand. Q8_0 of the same folder is better and larger (13.6 GB).",
         ),
         _memory(memory.HUNYUAN, "GGUF Q4_K_S", size, (256, 32), "HunyuanVideo"),
         "On 12 GB, 960 x 544 with 61 frames.",
@@ -457,8 +456,8 @@ def wan_t2v(g: Graph) -> None:
     _note(
         g,
         "Wan 2.1 T2V-14B in 10 steps",
-        "The AccVideo student of Wan 2.1: 10 steps of UniPC, shift 5, no CFG, so a negative prompt has no effect. Guidance is not "
-        "used: Wan has no embedded guidance.",
+        "The AccVideo student of Wan 2.1: 10 steps of UniPC, shift 5, no CFG, so a negative prompt has no effect. Guidance is "
+        "not used: Wan has no embedded guidance.",
         _groups(FIRST, WORDS, "Sample: noise to latent in 10 steps.", LAST),
         _files(
             *(WAN_T2V, UMT5, WAN_VAE),
@@ -512,8 +511,8 @@ def wan_i2v(g: Graph) -> None:
         _files(
             *(WAN_I2V, WAN_I2V_LORA, UMT5, WAN_VAE, CLIP_VISION),
             extra=f"- `input/` a picture of yours, in place of ComfyUI's example.png\n\nThe authors' whole student is in "
-            f"[aejion/AccVideo-WanX-I2V-480P-14B]({HUB}aejion/AccVideo-WanX-I2V-480P-14B), whose file names could not be confirmed: "
-            "with it in the loader, link the loader straight to the sampler.",
+            f"[aejion/AccVideo-WanX-I2V-480P-14B]({HUB}aejion/AccVideo-WanX-I2V-480P-14B), whose file names could not be "
+            "confirmed: with it in the loader, link the loader straight to the sampler.",
         ),
         _memory(memory.WAN_I2V, "fp8", size, None, "Wan"),
     )
@@ -662,8 +661,8 @@ def lora(g: Graph) -> None:
             "Sample: noise to latent in 5 steps.",
             "Decode and save: an MP4 that carries this workflow.",
         ),
-        "**With your own LoRAs** (any HunyuanVideo or Wan format, in `models/loras`): take accvideo_t2v_loras, and write `all` or "
-        "places such as `double.0-9, single=0.5` into *blocks*.",
+        "**With your own LoRAs** (any HunyuanVideo or Wan format, in `models/loras`): take accvideo_t2v_loras, and write `all` "
+        "or places such as `double.0-9, single=0.5` into *blocks*.",
     )
 
 
@@ -684,8 +683,8 @@ def student_from_lora(g: Graph) -> None:
     _note(
         g,
         "A student from a LoRA",
-        f"{NO_DOWNLOAD} The 5-step LoRA on the teacher is a 5-step student: *1* takes the LoRA from the difference of tiny student "
-        "and tiny teacher.",
+        f"{NO_DOWNLOAD} The 5-step LoRA on the teacher is a 5-step student: *1* takes the LoRA from the difference of tiny "
+        "student and tiny teacher.",
         _groups(
             "LoRA: made from two checkpoints.",
             "Model: the LoRA on the tiny teacher.",
@@ -757,11 +756,15 @@ WORKFLOWS: dict[str, Callable[[Graph], None]] = {
 }
 
 
+def version() -> str:
+    """Of this pack, as nodes carry it."""
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"])
+
+
 def texts() -> Iterator[tuple[str, str]]:
     """(file below workflows/, what is in it) of every workflow, UI and API."""
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     for name, describe in WORKFLOWS.items():
-        graph = Graph(name, version)
+        graph = Graph(name, version())
         describe(graph)
         yield f"{name}.json", as_text(graph.ui())
         yield f"api/{name}.json", json.dumps(graph.api(), indent=2, ensure_ascii=False) + "\n"
