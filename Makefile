@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_PROMPTS := "a red circle moving right on a black background" "a blue square moving down" "a shape"
 
-.PHONY: demo test lint format screenshots thumbnails locales clean
+.PHONY: demo test lint format workflows screenshots thumbnails locales clean
 
 demo: .venv/installed
 	$(BIN)/accvideo compare $(DEMO_PROMPTS) --out out/demo
@@ -29,6 +29,10 @@ format: .venv/installed-dev
 screenshots: .venv/installed-dev
 	ACCVIDEO_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest tests/comfyui/test_browser.py
 	install -m 644 out/screenshots/ComfyUI/run.png out/screenshots/ComfyUI/slider.png docs/images
+
+# workflows/*.json and workflows/api/*.json from their descriptions in tests/comfyui/workflow_list.py.
+workflows: .venv/installed-dev
+	$(BIN)/python -m tests.comfyui.workflow_list
 
 # Pictures of workflows/*.json from real runs in the first ComfyUI found; needs the bundled weights.
 thumbnails: .venv/installed-dev

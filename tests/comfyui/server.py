@@ -25,6 +25,12 @@ PACK = ("__init__.py", "pyproject.toml", "nodes", "accvideo_core", "web", "local
 PARTS = ("student", "teacher", "text_encoder", "vae")
 
 
+def gguf_pack() -> Path | None:
+    """A checkout of city96's ComfyUI-GGUF: COMFYUI_GGUF_PATH, or ComfyUI-GGUF beside the ComfyUI checkouts in ~/comfy."""
+    path = Path(os.environ.get("COMFYUI_GGUF_PATH") or Path.home() / "comfy" / "ComfyUI-GGUF").expanduser()
+    return path if (path / "nodes.py").is_file() else None
+
+
 def no_comfyui() -> NoReturn:
     """Skip, or fail where ACCVIDEO_REQUIRE_COMFYUI=1 says that a ComfyUI must be there."""
     message = "no ComfyUI: set COMFYUI_PATH, or clone it to ~/comfy/ComfyUI"
@@ -46,6 +52,9 @@ class Server:
             else:
                 shutil.copy2(ROOT / name, base / "custom_nodes" / "accvideo" / name)
         shutil.copytree(ROOT / "tests" / "comfyui" / "pack", base / "custom_nodes" / "accvideo_test")
+        if (other := gguf_pack()) is not None:
+            ignored = shutil.ignore_patterns(".git", "__pycache__")
+            shutil.copytree(other, base / "custom_nodes" / "ComfyUI-GGUF", ignore=ignored, dirs_exist_ok=True)
         for name in ("models/diffusion_models", "models/loras", "input", "output", "user"):
             (base / name).mkdir(parents=True, exist_ok=True)
         self.log = base / "console.log"
@@ -126,20 +135,36 @@ class Server:
         return [load_file(self.path(files[name]))["latent_tensor"].clone() for name in names]
 
 
-def on_tiny_models(prompt: dict[str, Any]) -> dict[str, Any]:
-    """A prompt for the released models, on the tiny teacher, text encoder and VAE instead, at their size."""
-    slots = {"AccVideoStudentLoader": 0, "DualCLIPLoader": 1, "VAELoader": 2}
-    loaders = {name: slots[content["class_type"]] for name, content in prompt.items() if content["class_type"] in slots}
+TINY_SIZE = {"width": 64, "height": 64, "length": 17}
+# What has no small form in ComfyUI and is therefore taken from the tiny models, by their slot, ...
+FROM_TINY = {"DualCLIPLoader": 1, "VAELoader": 2}
+# ... or from random conditioning: the node it stands for, and what else is given up with it.
+STAND_INS = {"CLIPVisionEncode": ("AccVideoTestImageFeatures", {}), "CLIPTextEncode": ("AccVideoTestText", {"width": 4096})}
+ENCODERS = ("CLIPLoader", "CLIPVisionLoader")  # of Wan
+
+
+def on_tiny_models(prompt: dict[str, Any], teacher_steps: int = 50) -> dict[str, Any]:
+    """A prompt for the released models as it runs on the files of `model_files.install`, at their size.
+
+    HunyuanVideo's text encoders and VAE become the tiny ones, which also take Wan's VAE's place; what Wan's text and image
+    encoders would say becomes random numbers.
+    """
+    kinds = {name: content["class_type"] for name, content in prompt.items()}
     tiny = {"tiny": node("AccVideoTinyModels", which="teacher")}
     for name, content in prompt.items():
-        if name not in loaders:
-            inputs = {
-                key: ["tiny", loaders[value[0]]] if isinstance(value, list) and value[0] in loaders else value
-                for key, value in content["inputs"].items()
-            }
-            if content["class_type"] == "EmptyHunyuanLatentVideo":
-                inputs |= {"width": 64, "height": 64, "length": 17}
-            tiny[name] = node(content["class_type"], **inputs)
+        kind, inputs = content["class_type"], {}
+        if kind in (*FROM_TINY, *ENCODERS):
+            continue
+        links = {key: value for key, value in content["inputs"].items() if isinstance(value, list)}
+        if kind in STAND_INS and any(kinds[link[0]] in ENCODERS for link in links.values()):
+            kind, inputs = STAND_INS[kind]
+        else:
+            for key, value in content["inputs"].items():
+                found = FROM_TINY.get(kinds.get(value[0], "")) if key in links else None
+                inputs[key] = value if found is None else ["tiny", found]
+            inputs |= TINY_SIZE if {"width", "height", "length"} <= set(inputs) else {}
+            inputs |= {"steps": teacher_steps} if inputs.get("steps") == 50 else {}
+        tiny[name] = node(kind, **inputs)
     return tiny
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from tests.comfyui.server import ROOT, Server, on_tiny_models
+from accvideo_core.comfy_client import ComfyClient
+from accvideo_core.media import read_mp4
+from tests.comfyui import workflow_list
+from tests.comfyui.model_files import install
+from tests.comfyui.server import ROOT, Server, load_prompt, on_tiny_models, tiny_prompt
 
 NODES = (
     "AccVideoStudentLoader",
@@ -29,7 +34,11 @@ NODES = (
 )
 NOTES = ("Note", "MarkdownNote")  # of the front end alone
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
-FILES = ("file", "clip_name1", "clip_name2", "vae_name")  # inputs that list what this ComfyUI has
+FILES = ("file", "clip_name", "clip_name1", "clip_name2", "vae_name", "unet_name", "lora", "checkpoint", "tuned", "base", "image")
+# inputs that list what this ComfyUI has
+OTHERS = {  # nodes of other packs, as they describe themselves
+    "UnetLoaderGGUF": {"input": {"required": {"unet_name": [["a.gguf"]]}}, "output": ["MODEL"]},
+}
 WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str, "COMFY_DYNAMICCOMBO_V3": str}
 
 
@@ -97,10 +106,24 @@ def as_prompt(workflow: dict[str, Any], node_types: dict[str, Any]) -> dict[str,
     return prompt
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
-def test_a_ui_workflow_is_its_api_workflow(server: Server, node_types: dict[str, Any], path: Path) -> None:
-    made = as_prompt(json.loads(path.read_text()), node_types)
-    shipped = json.loads((path.parent / "api" / path.name).read_text())
+def every(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+def api_of(path: Path) -> dict[str, Any]:
+    return load_prompt(path.parent / "api" / path.name)
+
+
+def is_tiny(path: Path) -> bool:
+    return any(content["class_type"] == "AccVideoTinyModels" for content in api_of(path).values())
+
+
+RELEASED = [path for path in WORKFLOWS if not is_tiny(path)]
+
+
+@every(WORKFLOWS)
+def test_a_ui_workflow_is_its_api_workflow(node_types: dict[str, Any], path: Path) -> None:
+    made, shipped = as_prompt(json.loads(path.read_text()), node_types | OTHERS), api_of(path)
     assert set(made) == set(shipped)
     for key, node in shipped.items():
         assert made[key]["class_type"] == node["class_type"]
@@ -108,14 +131,103 @@ def test_a_ui_workflow_is_its_api_workflow(server: Server, node_types: dict[str,
             assert node["inputs"].get(name) == value, (key, name)
         # Not in the UI workflow: an input only some versions have. Its value must be the default.
         for name in set(node["inputs"]) - set(made[key]["inputs"]):
-            kind, options = inputs_of(node_types[node["class_type"]]).get(name, (None, {}))
+            kind, options = inputs_of((node_types | OTHERS)[node["class_type"]]).get(name, (None, {}))
             assert kind is None or options.get("default", node["inputs"][name]) == node["inputs"][name]
-    (server.base / "input" / "prompts.txt").write_text("a red circle moving right on a black background\n")
-    files = server.run(on_tiny_models(made)).files
-    assert len([file for file in files if file.folder == "output"]) == 1
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module")
+def stocked(server: Server, weights: Path) -> Server:
+    """With every file that a workflow names."""
+    install(server.base, weights)
+    return server
+
+
+def needs_its_pack(path: Path, node_types: dict[str, Any]) -> None:
+    if any(content["class_type"] not in node_types for content in api_of(path).values()):
+        pytest.skip("no ComfyUI-GGUF: set COMFYUI_GGUF_PATH, or clone city96/ComfyUI-GGUF to ~/comfy/ComfyUI-GGUF")
+
+
+@every(WORKFLOWS)
+def test_a_workflow_runs_on_tiny_models(stocked: Server, node_types: dict[str, Any], path: Path) -> None:
+    """To as many videos as it saves, or where it saves none, to a report of the file it wrote."""
+    needs_its_pack(path, node_types)
+    prompt = on_tiny_models(api_of(path), teacher_steps=50 if is_tiny(path) else 10)
+    result = stocked.run(prompt)
+    saved = [stocked.path(file) for file in result.files if file.folder == "output"]
+    assert len(saved) == sum(content["class_type"] == "SaveVideo" for content in prompt.values())
+    for video in saved:
+        assert len(read_mp4(video).frames) == 17
+    for content in prompt.values() if not saved else ():
+        if "name" in content["inputs"]:
+            assert any(content["inputs"]["name"] in text for texts in result.texts.values() for text in texts)
+
+
+@every(RELEASED)
+def test_a_workflow_for_released_models_is_accepted_as_it_is(stocked: Server, node_types: dict[str, Any], path: Path) -> None:
+    """With files under the names it gives and nothing else changed. A long run before it keeps it from being started."""
+    needs_its_pack(path, node_types)
+    busy = tiny_prompt(steps=1000, seed=time.time_ns(), model=["watch", 0])
+    watched = {"model": ["1", 0], "log": str(stocked.base / "calls"), "seconds": 1.0}
+    busy["watch"] = {"class_type": "AccVideoTestWatch", "inputs": watched}
+
+    async def accepted(comfy: ComfyClient) -> None:
+        first = await comfy.queue(busy)
+        try:
+            await comfy.remove(await comfy.queue(api_of(path)))  # raises what ComfyUI finds wrong
+        finally:
+            await comfy.remove(first)
+            await comfy.interrupt(first)
+
+    stocked.ask(accepted)
+
+
+def test_files_are_those_of_their_descriptions() -> None:
+    """`make workflows` would change nothing."""
+    described = dict(workflow_list.texts())
+    folder = ROOT / "workflows"
+    assert set(described) == {str(path.relative_to(folder)) for path in folder.rglob("*.json")}
+    for name, text in described.items():
+        assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: run `make workflows`"
+
+
+@every(WORKFLOWS)
+def test_a_workflow_says_what_it_needs_and_where_from(path: Path) -> None:
+    """Notes; groups that hold every node; packs, for those who lack them; a link for each model file, or its name in the note."""
+    workflow = json.loads(path.read_text())
+    nodes = [node for node in workflow["nodes"] if node["type"] not in NOTES]
+    notes = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    note = "\n".join(notes)
+    assert "**Memory" in note and all(group["title"].partition(":")[0] in note for group in workflow["groups"])
+    for it in nodes:
+        ours = it["type"].startswith("AccVideo")
+        assert it["properties"]["cnr_id"] == ("accvideo" if ours else "ComfyUI-GGUF" if "GGUF" in it["type"] else "comfy-core")
+        assert not ours or it["properties"]["ver"] == workflow_list.version()
+        (x, y), (width, height) = it["pos"], it["size"]
+        inside = [
+            group
+            for group in workflow["groups"]
+            if _covers(group["bounding"], (x, y - 30)) and _covers(group["bounding"], (x + width, y + height))
+        ]
+        assert len(inside) == 1, f"{it['title']} is in {len(inside)} groups"
+        named = {value for value in it["widgets_values"] if str(value).endswith((".safetensors", ".gguf", ".pt"))}
+        linked = {model["name"] for model in it["properties"].get("models", ())}
+        assert linked <= named and all(name in note for name in named), it["title"]
+        for model in it["properties"].get("models", ()):
+            assert model["url"] == f"https://huggingface.co/{model['url'].split('.co/')[1]}" and model["url"] in note
+            assert model["url"].endswith(f"/{model['name']}") and "/resolve/main/" in model["url"]
+            assert model["directory"] in ("diffusion_models", "loras", "text_encoders", "vae", "clip_vision")
+    for i, first in enumerate(nodes):
+        for second in nodes[i + 1 :]:
+            (x, y), (u, v) = first["pos"], second["pos"]
+            assert x != u or y + first["size"][1] < v or v + second["size"][1] < y, "nodes lie on one another"
+
+
+def _covers(bounds: list[int], point: tuple[int, int]) -> bool:
+    x, y, width, height = bounds
+    return x <= point[0] <= x + width and y <= point[1] <= y + height
+
+
+@every(WORKFLOWS)
 def test_a_workflow_has_a_picture(path: Path) -> None:
     with Image.open(path.with_suffix(".jpg")) as picture:
         assert min(picture.size) >= 256
