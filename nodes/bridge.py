@@ -247,7 +247,12 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def tensor_shapes(model: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, ...]]:
     """{name: shape} of a MODEL's network, as this version of ComfyUI names its tensors."""
-    return {name: tuple(tensor.shape) for name, tensor in model.model.diffusion_model.state_dict().items()}
+    network = model.model.diffusion_model
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    for name, tensor in network.named_parameters():
+        if hasattr(tensor, "tensor_shape"):  # ComfyUI-GGUF's: its state_dict has the shape of the quantised blocks
+            shapes[name] = tuple(tensor.tensor_shape)
+    return shapes
 
 
 class _ComputedDifference(comfy.weight_adapter.WeightAdapterBase):
@@ -673,6 +678,8 @@ def _teacher_tensors(model: comfy.model_patcher.ModelPatcher) -> Iterator[tuple[
             tensor = tensor.to(scales[name].dtype) * scales[name].to(tensor.device)
         elif hasattr(tensor, "_qdata"):
             tensor = tensor.dequantize()
+        elif hasattr(tensor, "tensor_shape"):  # ComfyUI-GGUF's: the bytes of its blocks, for want of their values
+            tensor = tensor.as_subclass(torch.Tensor)
         yield (COMFYUI_NATIVE.original(name) or name) if is_hunyuan else name, tensor
     for key, patches in model.patches.items():
         for i, (strength, patch, kept, rows, _) in enumerate(patches):

@@ -49,3 +49,17 @@ def test_a_lora_makes_a_gguf_teacher_the_student(models: Server) -> None:
     quantised = sampled(models, node("UnetLoaderGGUF", unet_name="tiny_teacher.gguf"), lora=True)
     plain = sampled(models, node("UnetLoaderGGUF", unet_name="tiny_teacher.gguf"))
     assert relative_error(quantised, whole) < 0.25 * relative_error(plain, whole)
+
+
+def test_trajectories_of_a_gguf_teacher_are_captured_under_a_fingerprint_of_their_own(models: Server) -> None:
+    said = []
+    for loader in (node("UnetLoaderGGUF", unet_name="tiny_teacher.gguf"), node("AccVideoTinyModels", which="teacher")):
+        inputs = tiny_prompt()["4"]["inputs"] | {"model": ["loader", 0], "steps": 5, "keys": 5, "negative_prompt": ""}
+        prompt = {name: tiny_prompt()[name] for name in ("1", "2", "3")} | {"loader": loader}
+        prompt["4"] = node("AccVideoTrajectorySampler", **{key: it for key, it in inputs.items() if key != "denoise"})
+        stored = {"trajectory": ["4", 1], "prompt": "a red circle", "dataset": f"gguf_{len(said)}"}
+        prompt["5"] = node("AccVideoSynVidWriter", **stored)
+        prompt["6"] = node("AccVideoSynVidInspect", dataset=["5", 0])
+        (report,) = models.run(prompt).texts["6"]
+        said.append(report.split("teacher ")[1].split()[0])
+    assert len(set(said)) == 2
