@@ -18,6 +18,7 @@ import time
 import uuid
 import warnings
 from collections.abc import Awaitable, Callable, Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +54,34 @@ from ..accvideo_core.sampling import Observer, Step, euler_flow
 log = logging.getLogger("accvideo")
 
 
+# ---- ComfyUI's versions ---------------------------------------------------------------------------------------------
+
+
+def _knows(function: Callable[..., Any], keyword: str) -> bool:
+    return keyword in inspect.signature(function).parameters
+
+
+DIFFERENCES = {
+    "scales by module": hasattr(comfy.utils, "convert_old_quants"),
+    "dynamic memory": hasattr(comfy.model_patcher, "CoreModelPatcher"),
+    "loading without dynamic memory": _knows(comfy.sd.load_diffusion_model_state_dict, "disable_dynamic"),
+    "latents that tell their reduction": _knows(comfy.sample.fix_empty_latent_channels, "downscale_ratio_spacial"),
+    "nested latents": find_spec("comfy.nested_tensor") is not None,
+}
+"""What ComfyUI has or has not, by version. What the pack does in each case is told in docs/compatibility.md, row by row."""
+
+HOLDS_QUANTISED = DIFFERENCES["scales by module"]
+
+
+def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Call one of ComfyUI's functions with those keywords that this version of it knows: its signatures grow."""
+    known = inspect.signature(function).parameters
+    return function(*args, **{name: value for name, value in keywords.items() if name in known})
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
 def diffusion_model_files() -> list[str]:
     """Names of the weight files in ComfyUI's `diffusion_models` folders: those it lists, and GGUF files and indices of shards."""
     names = folder_paths.get_filename_list("diffusion_models")
@@ -80,17 +109,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return comfy.utils.load_torch_file(str(path), safe_load=True)
 
 
-def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Call one of ComfyUI's functions with those keywords that this version of it knows: its signatures grow."""
-    known = inspect.signature(function).parameters
-    return function(*args, **{name: value for name, value in keywords.items() if name in known})
-
-
 # ---- MODEL ----------------------------------------------------------------------------------------------------------
-
-
-HOLDS_QUANTISED = hasattr(comfy.utils, "convert_old_quants")
-"""Whether this ComfyUI reads scales module by module (`.comfy_quant`) and keeps the tensors it is given; 0.3.64 does neither."""
 
 
 class Weights(Protocol):
