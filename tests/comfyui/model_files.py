@@ -14,7 +14,7 @@ from accvideo_core.lora import extract_lora
 from accvideo_core.tiny import weights_path
 from tests import lora_files
 from tests.checkpoint_files import WAN_I2V, WAN_T2V, State, gguf, plain_fp8, random_state
-from tests.comfyui import workflow_list as names
+from tests.comfyui import workflow_parts as names
 
 STUBS = {
     ("text_encoders", names.CLIP_L["name"]): "text_model.encoder.layers.1.mlp.fc1.weight",
