@@ -25,9 +25,8 @@ from accvideo_core.studies import compare, evaluation
 from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.prompts import read_prompt
-from accvideo_core.tiny.tasks import flow
+from accvideo_core.tiny.tasks import flow, make_task
 from accvideo_core.tiny.tasks.common import to_network
-from accvideo_core.tiny.tasks.student import StudentTask
 from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
@@ -381,7 +380,7 @@ def test_bad_training_arguments_are_named(tmp_path):
     with pytest.raises(InvalidValueError, match="steps is 0"):
         train("vae", tmp_path, 0)
     with pytest.raises(InvalidValueError, match="trajectories is 0"):
-        StudentTask(0, torch.device("cpu"), tmp_path, tmp_path, 0)
+        make_task("student", 0, tmp_path, tmp_path, torch.device("cpu"), 0)
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):
         train("teacher", tmp_path / "empty", 1)
     with pytest.raises(InvalidValueError, match="device 'tpu'"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ...dit import HunyuanVideoDiT
-from ...errors import CheckpointError, InvalidValueError
+from ...errors import CheckpointError
 from ...files import atomic_path
 from ...sampling import Step, euler_flow, make_noise
 from ..clips import keyed_generator, sample_scenes
@@ -49,8 +49,6 @@ class Capture:
 
     def all(self, count: int, share: Share) -> tuple[Tensor, list[str], list[dict[str, str]]]:
         """Of `count` trajectories the latents (count, points, 16, 5, 8, 8) float16, their prompts, and what those name."""
-        if count < 1:
-            raise InvalidValueError(f"trajectories is {count}; it must be at least 1")
         parts = [(start, min(self.chunk, count - start)) for start in range(0, count, self.chunk)]
         for part in tqdm(parts[share.rank :: share.size], "trajectories", mininterval=5, disable=share.rank > 0):
             self.part(*part)
