@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_PROMPTS := "a red circle moving right on a black background" "a blue square moving down" "a shape"
 
-.PHONY: demo test lint format workflows screenshots thumbnails locales clean
+.PHONY: demo test lint format workflows screenshots thumbnails mistakes locales clean
 
 demo: .venv/installed
 	$(BIN)/accvideo compare $(DEMO_PROMPTS) --out out/demo
@@ -37,6 +37,10 @@ workflows: .venv/installed-dev
 # Pictures of workflows/*.json from real runs in the first ComfyUI found; needs the bundled weights.
 thumbnails: .venv/installed-dev
 	$(BIN)/python -m tests.comfyui.thumbnails
+
+# docs/mistakes.md: makes every mistake of tests/comfyui/mistakes.py in each ComfyUI found.
+mistakes: .venv/installed-dev
+	$(BIN)/python -m tests.comfyui.mistakes
 
 # locales/en from the nodes' own texts, in the first ComfyUI found.
 locales: .venv/installed-dev

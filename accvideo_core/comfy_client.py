@@ -69,12 +69,14 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished run: its files, the texts its nodes showed {node id: [...]}, and the seconds it took."""
+    """A finished run: its files, the texts its nodes showed {node id: [...]}, the seconds it took, and what our nodes warn of
+    {node id: [...]}."""
 
     prompt_id: str
     files: tuple[OutputFile, ...] = ()
     texts: Mapping[str, list[str]] = field(default_factory=dict)
     seconds: float = 0.0
+    warnings: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 class ComfyClient:
@@ -312,7 +314,7 @@ def _result(prompt_id: str, entry: Mapping[str, Any], seconds: float) -> Result:
             raise ComfyError(f"{data['node_type']} (node {data['node_id']}): {' '.join(str(data['exception_message']).split())}")
     if status.get("status_str") not in (None, "success"):
         raise ComfyError(f"the run ended with {status.get('status_str')!r} and no reason; look at ComfyUI's console")
-    files, texts = [], {}
+    files, texts, warnings = [], {}, {}
     for node, shown in entry.get("outputs", {}).items():
         for kind, items in shown.items():
             for item in items or ():
@@ -320,4 +322,6 @@ def _result(prompt_id: str, entry: Mapping[str, Any], seconds: float) -> Result:
                     files.append(OutputFile(node, kind, item["filename"], item.get("subfolder", ""), item.get("type", "output")))
         if "text" in shown:
             texts[node] = [str(text) for text in shown["text"]]
-    return Result(prompt_id, tuple(files), texts, seconds)
+        if told := [warning["text"] for run in shown.get("accvideo_sampling", []) for warning in run.get("warnings", [])]:
+            warnings[node] = told
+    return Result(prompt_id, tuple(files), texts, seconds, warnings)

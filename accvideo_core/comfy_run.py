@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from .comfy_client import ComfyClient, ComfyError, OutputFile, Progress, Result
 from .comfy_workflow import Nodes, find_inputs, with_settings
-from .errors import InvalidValueError
+from .errors import AccVideoWarning, InvalidValueError
 from .files import check_writable
 from .synvid.prompts import read_prompts
 
@@ -47,6 +48,9 @@ def run_once(nodes: Nodes, server: str, out: Path | None, json_wanted: bool) -> 
     if json_wanted:
         print(json.dumps(asdict(result) | {"made": made}, ensure_ascii=False, indent=1))
     else:
+        for node, texts in result.warnings.items():
+            for text in texts:
+                warnings.warn(f"node {node}: {text}", AccVideoWarning, stacklevel=2)
         print("\n".join([*(text for texts in result.texts.values() for text in texts if text), *made]))
         print(f"{result.seconds:.1f} s")
     return 0

@@ -17,7 +17,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -200,6 +200,17 @@ def with_shift(model: comfy.model_patcher.ModelPatcher, shift: float) -> comfy.m
 def model_kind(model: comfy.model_patcher.ModelPatcher) -> str:
     """ComfyUI's name of the architecture: HunyuanVideo, WAN21, ..."""
     return type(model.model).__name__
+
+
+def note(model: comfy.model_patcher.ModelPatcher, about: Any) -> comfy.model_patcher.ModelPatcher:
+    """The MODEL itself, with what our nodes know of it; its clones keep it."""
+    model.set_attachments("accvideo", about)
+    return model
+
+
+def noted(model: comfy.model_patcher.ModelPatcher) -> Any:
+    """What `note` wrote on this MODEL or on one it was cloned from; None if nobody did."""
+    return model.get_attachment("accvideo")
 
 
 def _text_width(network: torch.nn.Module) -> int | None:
@@ -443,12 +454,23 @@ def native_vae(module: torch.nn.Module) -> comfy.sd.VAE:
     vae.working_dtypes, vae.vae_dtype = [torch.float32], torch.float32
     vae.disable_offload = True  # plain weights, not ComfyUI's casting layers: load whole
     # Peak of a convolution with 64 channels at full resolution, input and output alive, in float32.
-    vae.memory_used_decode = lambda shape, dtype: 2 * 64 * (shape[2] * 4 * shape[3] * 8 * shape[4] * 8) * 4
+    vae.memory_used_decode = lambda shape, dtype: 2 * 64 * 256 * math.prod(_video_latent(shape)[2:]) * 4
     vae.memory_used_encode = lambda shape, dtype: 2 * 64 * math.prod(shape[2:]) * 4
     vae.first_stage_model = module.float().eval()
     vae.patcher = comfy.model_patcher.ModelPatcher(module, load_device=vae.device, offload_device=vae.patcher.offload_device)
     vae.size = None
     return vae
+
+
+def _video_latent(shape: Sequence[int]) -> Sequence[int]:
+    """The shape of what a VAE is to decode; InvalidValueError for what is no latent of HunyuanVideo's. ComfyUI asks for the
+    memory first."""
+    if len(shape) != 5 or shape[1] != 16:
+        raise InvalidValueError(
+            f"the latent has shape {tuple(shape)}, but this VAE decodes (batch, 16, frames, height, width); connect the VAE that "
+            "belongs to the latent's model"
+        )
+    return shape
 
 
 def set_preview_colours(model: comfy.model_patcher.ModelPatcher, factors: torch.Tensor, bias: torch.Tensor) -> None:
@@ -585,16 +607,23 @@ def sample(
     guider = comfy.samplers.CFGGuider(model)
     guider.inner_set_conds({"positive": positive} if negative is None else {"positive": positive, "negative": negative})
     guider.set_cfg(cfg)
-    sampled = guider.sample(
-        comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if noise is None else noise,
-        samples,
-        sampler,
-        sigmas,
-        denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )
+    try:
+        sampled = guider.sample(
+            comfy.sample.prepare_noise(samples, seed, latent.get("batch_index")) if noise is None else noise,
+            samples,
+            sampler,
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+    except torch.cuda.OutOfMemoryError as error:  # still of that type: ComfyUI then gives all memory back
+        shape = "x".join(map(str, samples.shape))
+        raise torch.cuda.OutOfMemoryError(
+            f"out of memory while sampling a latent of {shape}; make the video shorter or smaller, or take the weights as fp8 or "
+            "GGUF (docs/workflows.md says what fits which card)."
+        ) from error
     return result | {"samples": sampled.to(comfy.model_management.intermediate_device())}, sampler.seconds
 
 

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..accvideo_core.errors import CheckpointError, InvalidValueError
 from ..accvideo_core.schedule import get_preset
 from . import bridge
+from .advice import MadeFor
 from .weights import StudentWeights
 
 log = logging.getLogger("accvideo")
@@ -23,7 +24,10 @@ def load_student(path: Path, dtype: torch.dtype | None = None) -> tuple[object, 
     for note in weights.notes:
         log.info("AccVideo: %s: %s", path.name, note)
     model = bridge.load_model(weights, weights.storage_dtype)
-    return bridge.with_shift(model, get_preset(weights.family).shift), weights.family
+    model = bridge.with_shift(model, get_preset(weights.family).shift)
+    if weights.student is not None:
+        bridge.note(model, MadeFor("student", weights.student.steps))
+    return model, weights.family
 
 
 def file_state(path: Path) -> str:
@@ -142,4 +146,5 @@ class AccVideoTinyModels(io.ComfyNode):
         model, _ = load_student(tiny.weights_path(which))
         encoder, vae = tiny.load_text_encoder(), tiny.load_vae()
         bridge.set_preview_colours(model, *preview_colours(vae))
+        bridge.note(model, MadeFor(which))
         return io.NodeOutput(model, bridge.native_clip(encoder), bridge.native_vae(vae))

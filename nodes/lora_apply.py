@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
+from ..accvideo_core.checkpoint import find_student
 from ..accvideo_core.checkpoint.layouts import some
 from ..accvideo_core.errors import InvalidValueError, LoraError
 from ..accvideo_core.lora import Lora, LoraModule, LoraPart, LoraUse, read_lora
 from ..accvideo_core.lora.adapters import DIFFERENCE, LOW_RANK
 from ..accvideo_core.lora.names import comfyui_name
 from . import bridge
+from .advice import MadeFor
 
 log = logging.getLogger("accvideo")
 KINDS = {"hunyuan-video": "HunyuanVideo", "wan": "WAN"}  # family of a LoRA: how ComfyUI's name of its models begins
@@ -119,12 +121,16 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
     native: dict[str, tuple[str, tuple[int, ...]]] = {}
     reports: list[str] = []
     opened: list[Lora] = []
+    made_for: MadeFor | None = None
     try:
         for entry in stack:
             lora = read_lora(entry.use.path, allow_unmatched)
             opened.append(lora)
             if not bridge.model_kind(model).startswith(KINDS[lora.family]):
-                raise LoraError(f"{entry.name} is a LoRA for {lora.family}, but the model is a {bridge.model_kind(model)}")
+                raise LoraError(
+                    f"{entry.name} is a LoRA for {lora.family}, but the model is a {bridge.model_kind(model)}; "
+                    "choose one of its family"
+                )
             misfits: dict[str, str] = {}
             applied: dict[str, LoraModule] = {}
             elsewhere: dict[str, LoraModule] = {}
@@ -150,13 +156,19 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
                     "of this model, or allow unmatched keys to leave them out"
                 )
             if places := entry.use.blocks.unused(shapes):
-                raise InvalidValueError(f"blocks {entry.use.blocks.text!r}: this model has nothing at {', '.join(places)}")
+                raise InvalidValueError(
+                    f"blocks {entry.use.blocks.text!r}: this model has nothing at {', '.join(places)}; leave that out"
+                )
             if not applied and entry.use.strength:
                 raise LoraError(
                     f"{entry.name} changes nothing of this model within blocks {entry.use.blocks.text!r}; widen the blocks"
                 )
             reports.append(_report(entry, lora, applied, elsewhere, misfits))
+            if entry.use.strength > 0 and (student := find_student(entry.name, lora.metadata)) is not None:
+                made_for = MadeFor("student", student.steps)
         patched = bridge.with_patches(model, make_patches(tensors, native))
+        if made_for is not None:
+            bridge.note(patched, made_for)
     finally:
         for lora in opened:
             lora.close()

@@ -12,9 +12,9 @@ from comfy_api.latest import io
 from ..accvideo_core.errors import InvalidValueError
 from ..accvideo_core.schedule import PRESETS, Preset, get_preset
 from . import bridge
+from .advice import advice
 
 log = logging.getLogger("accvideo")
-ARCHITECTURES = {"hunyuan": "HunyuanVideo", "tiny": "HunyuanVideo", "wan": "WAN"}  # by the family's first word
 MAX_STEPS = 100_000  # of the whole schedule that a denoise below 1 takes the end of
 FAMILY_TOOLTIP = "Which kind of student this is; it decides the solver, and steps, shift and guidance where they are left out."
 
@@ -165,14 +165,11 @@ class AccVideoSampler(io.ComfyNode):
                 raise InvalidValueError(f"{name} is {value}; it must be a finite number of at least 0")
         if negative is None and cfg != 1.0:
             raise InvalidValueError(f"cfg is {cfg:g} but no negative is connected; connect one, or set cfg to 1")
-        kind = bridge.model_kind(model)
-        if not kind.startswith(ARCHITECTURES[family.split("-")[0]]):
-            log.warning("AccVideo: family %s is chosen for a %s model; its solver and schedule may not fit", family, kind)
         shift = preset.shift if shift is None else shift
         count = preset.steps if steps is None else steps
-        if shift != preset.shift or count not in (preset.steps, preset.teacher_steps):
-            made_for = f"{preset.steps} steps (teachers {preset.teacher_steps}) with shift {preset.shift:g}"
-            log.info("AccVideo: %s models are made for %s; sampling %d with shift %g", family, made_for, count, shift)
+        warnings = advice(bridge.noted(model), preset, bridge.model_kind(model), count, shift, cfg, denoise)
+        for warning in warnings:
+            log.warning("AccVideo: %s", warning["text"])
         model = bridge.with_shift(model, shift)
         samples = bridge.prepare_latent(model, latent)
         for name, conditioning in (("positive", positive), ("negative", negative)):
@@ -189,6 +186,7 @@ class AccVideoSampler(io.ComfyNode):
             "seconds": seconds,
             "teacher_steps": preset.teacher_steps,
             "teacher_calls": preset.teacher_steps * (1 if preset.teacher_cfg == 1 else 2),
+            "warnings": warnings,
         }
         return io.NodeOutput(result, seconds, ui={"accvideo_sampling": [told]})
 

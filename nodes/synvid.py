@@ -27,7 +27,8 @@ from ..accvideo_core.synvid.header import DTYPES
 from ..accvideo_core.synvid.reader import HEADER
 from ..accvideo_core.synvid.sheet import KeyFigures, key_figures, project, trajectory_sheet
 from . import bridge
-from .sampling import ARCHITECTURES, check_family, family_input
+from .advice import ARCHITECTURES, MadeFor
+from .sampling import check_family, family_input
 from .video import to_pixels
 
 log = logging.getLogger("accvideo")
@@ -148,6 +149,8 @@ class AccVideoTrajectorySampler(io.ComfyNode):
         if not bridge.model_kind(model).startswith(ARCHITECTURES[family.split("-")[0]]):
             kind = bridge.model_kind(model)
             raise InvalidValueError(f"family {family} is chosen for a {kind} model; choose the family that the dataset is of")
+        if isinstance(known := bridge.noted(model), MadeFor) and known.role == "student":
+            raise InvalidValueError("this model is a few-step student; a dataset is captured from its teacher, so load that")
         if latent.get("noise_mask") is not None:
             raise InvalidValueError("the latent has a noise mask, but a trajectory starts from pure noise; remove the mask")
         header = Header.of(

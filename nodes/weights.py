@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from ..accvideo_core.checkpoint import FLOAT8, Checkpoint, open_checkpoint
+from ..accvideo_core.checkpoint import FLOAT8, Checkpoint, find_student, open_checkpoint
 from . import bridge
 
 
 class StudentWeights:
-    """The weights of a file. `family` is the key in `schedule.PRESETS`, `scaled` whether scaled fp8 is passed on.
+    """The weights of a file. `family` is the key in `schedule.PRESETS`, `scaled` whether scaled fp8 is passed on,
+    `student` what it was distilled for, None if nothing says that it is a student.
 
     dtype  what the user wants weights stored as, None for ComfyUI's choice. bf16 restores scaled fp8, others leave it.
     """
@@ -27,6 +28,7 @@ class StudentWeights:
         self.path, self.source, self._dtype = path, str(path), dtype
         with open_checkpoint(path) as checkpoint:
             self.family, self.notes = checkpoint.family, tuple(checkpoint.notes)
+            self.student = find_student("/".join(path.parts[-2:]), checkpoint.metadata)
             wanted = dtype is None or dtype in FLOAT8
             self._kept = {key: form for key in checkpoint if wanted and (form := checkpoint.scaled_linear(key)) is not None}
             if not bridge.HOLDS_QUANTISED and len({checkpoint.stored_dtype(key) for key in self._kept}) > 1:

@@ -6,6 +6,7 @@ from .quantised import FLOAT8, Scaled, quantise_fp8
 from .reader import Checkpoint, holds_lora, load_student, open_checkpoint, save_original
 from .recognition import LAYOUTS
 from .safetensors_file import SafetensorsFile, stream_safetensors, write_safetensors
+from .students import Student, find_student, student_metadata
 from .wan import WanConfig
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "Place",
     "SafetensorsFile",
     "Scaled",
+    "Student",
     "WanConfig",
     "expected_shapes",
+    "find_student",
     "holds_lora",
     "infer_config",
     "load_student",
@@ -28,5 +31,6 @@ __all__ = [
     "quantise_fp8",
     "save_original",
     "stream_safetensors",
+    "student_metadata",
     "write_safetensors",
 ]

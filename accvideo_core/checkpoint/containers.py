@@ -47,7 +47,7 @@ def open_container(path: Path, weights: str | None = None) -> Container:
             return Shards(path, open_container)
         for magic, what in _REFUSED:
             if head.startswith(magic):
-                raise CheckpointError(f"{path} is {what}; name safetensors, .pt, GGUF or a diffusers folder")
+                raise CheckpointError(f"{path} is {what}; weights come as safetensors, .pt, GGUF or a diffusers folder")
     return SafetensorsFile(path)
 
 

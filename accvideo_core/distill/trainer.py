@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ..checkpoint.students import student_metadata
 from ..devices import autocast_dtype, synchronize
 from ..errors import InvalidValueError, TrainingError
 from ..files import atomic_path
@@ -368,6 +369,7 @@ class Trainer:
             weights = self.world.full_state(self.student)
         if self.world.is_main:
             told = {"iteration": str(done), "config": json.dumps(asdict(self.config)), "source": json.dumps(self.source.state())}
+            told |= student_metadata(self.segments)
             if self.config.lora is None:
                 dtype = DTYPES[self.config.export_dtype]
                 self.adapter.export({n: w.to(dtype) for n, w in weights.items()}, path, {**self.metadata, **told})

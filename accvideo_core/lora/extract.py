@@ -104,7 +104,9 @@ def extract_lora(
                 progress(done, sum(sizes.values()))
         order = [key for key in ours.keys() if key in work.changes]  # noqa: SIM118
     if not work.results:
-        raise LoraError(f"{tuned} and {base} are equal{' in these blocks' if blocks else ''}; there is nothing to extract")
+        raise LoraError(
+            f"{tuned} and {base} are equal{' in these blocks' if blocks else ''}; choose a model and what it was tuned from"
+        )
     tensors, metadata = KEY_FORMATS[key_format].write({key: work.changes[key] for key in order}, family)
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
     check_output(out, [tuned, base], overwrite, size)
@@ -198,12 +200,15 @@ def _common(ours: Checkpoint, theirs: Checkpoint, blocks: Blocks | None) -> list
     if a != b:
         raise LoraError(
             f"{ours.path} and {theirs.path} are of different networks: {len(a ^ b)} tensors are in one alone "
-            f"({some(sorted(a ^ b))})"
+            f"({some(sorted(a ^ b), 3)}); choose a model and what it was tuned from"
         )
     if other := [key for key in ours.keys() if ours.shape(key) != theirs.shape(key)]:  # noqa: SIM118
-        raise LoraError(f"{ours.path} and {theirs.path} have tensors of different shapes: {some(other)}")
+        raise LoraError(
+            f"{ours.path} and {theirs.path} have tensors of different shapes ({some(other, 3)}); "
+            "choose a model and what it was tuned from"
+        )
     if blocks is not None and (unused := blocks.unused(ours.keys())):
-        raise InvalidValueError(f"blocks {blocks.text!r}: {ours.path} has nothing at {', '.join(unused)}")
+        raise InvalidValueError(f"blocks {blocks.text!r}: {ours.path} has nothing at {', '.join(unused)}; leave that out")
     return [key for key in ours.keys() if blocks is None or blocks.factor(key) != 0]  # noqa: SIM118
 
 

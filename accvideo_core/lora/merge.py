@@ -153,7 +153,9 @@ def _plan(
                 "larger model, or allow unmatched keys to leave them out"
             )
         if unused := use.blocks.unused(checkpoint.keys()):
-            raise InvalidValueError(f"blocks {use.blocks.text!r}: {checkpoint.path} has nothing at {', '.join(unused)}")
+            raise InvalidValueError(
+                f"blocks {use.blocks.text!r}: {checkpoint.path} has nothing at {', '.join(unused)}; leave that out"
+            )
         left_out |= {f"{use.path.name}: {name}": "the base has no such tensor" for name in missing}
         left_out |= {f"{use.path.name}: {key}": "not understood" for key in lora.unmatched}
         left_out |= {f"{use.path.name}: {key}": reason for key, reason in lora.ignored.items()}

@@ -83,7 +83,7 @@ class SynVidReader:
         """One of `samples()`; SynVidError if there is none of that id."""
         found = self.samples().get(name)
         if found is None:
-            raise SynVidError(f"there is no sample {name!r} in {self.folder}")
+            raise SynVidError(f"there is no sample {name!r} in {self.folder}; its manifests name those there are")
         return found
 
     def read(self, sample: str | Sample, key: int) -> Tensor:

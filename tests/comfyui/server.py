@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from accvideo_core.comfy_client import ComfyClient, Result
+from accvideo_core.comfy_client import ComfyClient, ComfyError, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = ("__init__.py", "pyproject.toml", "nodes", "accvideo_core", "web", "locales", "workflows")
@@ -111,6 +111,14 @@ class Server:
                 return await comfy.run(prompt, **callbacks)
 
         return asyncio.run(go())
+
+    def refusal(self, prompt: dict[str, Any]) -> str:
+        """The sentence with which a prompt is refused or fails."""
+        with pytest.raises(ComfyError) as caught:
+            self.run(prompt)
+        message = str(caught.value)
+        assert "\n" not in message and "Traceback" not in message
+        return message
 
     def ask(self, question: Callable[[ComfyClient], Any]) -> Any:
         """The answer to one request: `server.ask(lambda comfy: comfy.node_types())`."""

@@ -186,6 +186,30 @@ def test_the_slider_compares_two_videos_on_one_clock(page: Page) -> None:
     assert page.errors == []
 
 
+@pytest.mark.parametrize(
+    ("locale", "warning"),
+    [
+        ("en", "⚠ This student was distilled for 5 steps and is sampled in 8: more take longer"),
+        ("zh", "⚠ 该学生模型为 5 步蒸馏，现以 8 步采样"),
+    ],
+)
+def test_a_student_at_other_steps_is_warned_of_in_the_node(page: Page, locale: str, warning: str) -> None:
+    page.open(**{"Comfy.Locale": locale})
+    try:
+        page.load("accvideo_tiny_t2v")
+        page.page.evaluate(
+            "app.graph.nodes.find((it) => it.type === 'AccVideoSampler').widgets.find((it) => it.name === 'steps').value = 8"
+        )
+        page.run()
+        box = page.page.locator(".accvideo-warning")
+        box.wait_for(state="attached", timeout=SECONDS)
+        assert box.inner_text().startswith(warning)
+        page.picture(f"warning-{locale}")
+        assert page.errors == []
+    finally:
+        page.open(**{"Comfy.Locale": "en"})
+
+
 def test_the_writer_shows_its_dataset(page: Page) -> None:
     page.open()
     page.load("accvideo_tiny_synvid")

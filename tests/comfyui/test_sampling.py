@@ -251,12 +251,6 @@ def test_a_family_that_is_not_the_models_is_said(server: Server) -> None:
     assert "family wan-t2v-14b is chosen for a HunyuanVideo model" in server.console()
 
 
-def test_a_schedule_that_is_not_the_familys_is_said(server: Server) -> None:
-    server.latents(tiny_prompt(steps=7, shift=3.0), ["4", 0])
-    made_for = "AccVideo: tiny models are made for 5 steps (teachers 50) with shift 7; sampling 7 with shift 3"
-    assert made_for in server.console()
-
-
 @pytest.mark.parametrize("sampler", ["AccVideoSampler", "SamplerCustomAdvanced"])
 def test_an_interrupt_is_obeyed_before_a_second_network_call(server: Server, sampler: str, tmp_path: Path) -> None:
     calls = tmp_path / "calls"

@@ -103,7 +103,7 @@ def write(server: Server, workflow: Path) -> Path:
         made = drawing(json.loads(workflow.read_text(encoding="utf-8")))
     else:
         prompt = on_tiny_models(prompt if tiny else in_its_words(prompt, PROMPTS[len(workflow.stem) % len(PROMPTS)]))
-        video = next(file for file in server.run(prompt).files if file.filename.endswith(".mp4"))
+        video = next(file for file in server.run(prompt).files if file.folder == "output" and file.filename.endswith(".mp4"))
         made = picture(read_mp4(server.path(video)).frames, "" if tiny else "made with the tiny models in place of HunyuanVideo")
     target = workflow.with_suffix(".jpg")
     with atomic_path(target) as temporary:

@@ -7,6 +7,7 @@ const TEXTS = {
   en: {
     speed: (t) => `${t.steps} steps, ${seconds(t.seconds / t.steps)} each, ${seconds(t.seconds)} in all`,
     teacher: (t, all, times) => `its teacher's ${t.teacher_steps} steps would take about ${seconds(all)}: ${times} times as long`,
+    warning: (w) => w.text.charAt(0).toUpperCase() + w.text.slice(1),
     dataset: (d) => `${d.samples.toLocaleString("en")} samples, ${bytes(d.bytes)} of latents`,
     divider: "Drag to compare",
     play: "Play or pause",
@@ -14,10 +15,20 @@ const TEXTS = {
   zh: {
     speed: (t) => `${t.steps} 步，每步 ${seconds(t.seconds / t.steps)}，共 ${seconds(t.seconds)}`,
     teacher: (t, all, times) => `教师模型 ${t.teacher_steps} 步约需 ${seconds(all)}，是其 ${times} 倍`,
+    warning: (w) => CHINESE_WARNINGS[w.about]?.(w) ?? w.text,
     dataset: (d) => `${d.samples.toLocaleString("zh")} 个样本，潜变量 ${bytes(d.bytes)}`,
     divider: "拖动以比较",
     play: "播放或暂停",
   },
+};
+
+// What nodes/advice.py says, in Chinese.
+const CHINESE_WARNINGS = {
+  family: (w) => `所选系列 ${w.family} 与模型 ${w.kind} 不符，求解器和调度不同；请选择该模型的系列`,
+  steps: (w) => `该学生模型为 ${w.own} 步蒸馏，现以 ${w.steps} 步采样；请将步数设为 ${w.own}`,
+  shift: (w) => `该学生模型按 shift ${w.own} 蒸馏，现为 ${w.shift}；请将 shift 设为 ${w.own}`,
+  cfg: (w) => `cfg 为 ${w.cfg}，而学生模型不需要：耗时加倍，颜色过硬；请将 cfg 设为 1`,
+  teacher: (w) => `这是教师模型，需要 ${w.own} 步，现以 ${w.steps} 步采样；请将步数设为 ${w.own}，或加载其学生模型`,
 };
 
 const texts = () => TEXTS[app.extensionManager?.setting?.get("Comfy.Locale")?.split("-")[0]] ?? TEXTS.en;
@@ -52,7 +63,12 @@ function speed(told) {
   if (Number(times) > 1) {
     box.append(element("div", {}, { textContent: texts().teacher(told, all, times) }));
   }
-  return [box, 72];
+  const warnings = told.warnings ?? [];
+  for (const warning of warnings) {
+    const style = { color: "var(--warning-text, #f0b040)" };
+    box.append(element("div", style, { className: "accvideo-warning", textContent: `⚠ ${texts().warning(warning)}` }));
+  }
+  return [box, 72 + 54 * warnings.length];
 }
 
 function dataset(told) {

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.students import student_metadata
 from ...distill import trajectory_loss
 from ...schedule import key_indices, key_sigmas
 from ..clips import keyed_generator
@@ -57,6 +58,7 @@ class StudentTask:
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
+        note |= student_metadata(KEYS)
         return [save_weights(folder / "student.safetensors", self.network, torch.bfloat16, note)]
 
     def sheet(self, path: Path) -> None:

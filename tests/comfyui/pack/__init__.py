@@ -1,5 +1,8 @@
-"""Nodes for the tests only: a MODEL that counts and delays its network calls, a latent's preview, random text, image features."""
+"""Nodes for the tests only: a MODEL that counts and delays its network calls, a latent's preview, random text, image features,
+and two faults: no memory, no room on the disk."""
 
+import errno
+import os
 import time
 
 import comfy.clip_vision
@@ -80,5 +83,54 @@ class AccVideoTestImageFeatures:
         return (features,)
 
 
-_NODES = (AccVideoTestWatch, AccVideoTestPreview, AccVideoTestText, AccVideoTestImageFeatures)
+class AccVideoTestOutOfMemory:
+    """A MODEL whose network asks for more memory than there is."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+    CATEGORY = "AccVideo test"
+
+    def patch(self, model):
+        def wrapper(apply_model, arguments):
+            raise torch.cuda.OutOfMemoryError("Allocation on device would exceed allowed memory.")
+
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return (model,)
+
+
+class AccVideoTestDiskFull:
+    """Hands a text on; the next file that is flushed meets a full disk, as delayed allocation shows it."""
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING", {})}}
+
+    RETURN_TYPES = ("STRING",)
+    FUNCTION = "arm"
+    CATEGORY = "AccVideo test"
+
+    def arm(self, text):
+        real = os.fsync
+
+        def full(handle):
+            os.fsync = real
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        os.fsync = full
+        return (text,)
+
+
+_NODES = (
+    AccVideoTestWatch,
+    AccVideoTestPreview,
+    AccVideoTestText,
+    AccVideoTestImageFeatures,
+    AccVideoTestOutOfMemory,
+    AccVideoTestDiskFull,
+)
 NODE_CLASS_MAPPINGS = {node.__name__: node for node in _NODES}
