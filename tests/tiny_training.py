@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -36,17 +37,18 @@ def train(part, folder, steps, stop_at=None, **kw):
 
 
 @contextlib.contextmanager
-def few_teacher_steps():
-    """The teacher samples in 5 steps instead of 50."""
+def in_small():
+    """The teacher samples in 5 steps instead of 50, and the shape filters are of 16 scenes instead of 256."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (flow, student, trajectories):
             patch.setattr(module, "TEACHER_STEPS", 5)
+        patch.setattr(flow, "shape_filters", functools.partial(flow.shape_filters, size=16))
         yield
 
 
 def train_all(folder):
     """Each part in turn, two steps."""
-    with few_teacher_steps():
+    with in_small():
         for part in training.PARTS:
             train(part, folder, 2, trajectories=4)
 

@@ -30,7 +30,7 @@ from accvideo_core.tiny.tasks.common import to_network
 from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
-from tests.tiny_training import few_teacher_steps, train, train_all
+from tests.tiny_training import in_small, train, train_all
 
 EXAM = Path(os.environ.get("ACCVIDEO_EXAM") or Path(__file__).parents[3] / "shared" / "exam")
 ROOT = Path(__file__).parents[2]
@@ -206,7 +206,7 @@ def test_shape_filters_tell_shapes_apart_from_all_else(as_base):
     assert share(seen) > 4 * share(lambda latents: latents)
 
 
-def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base):
+def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base, small):
     task = flow.BaseTask(0, torch.device("cpu"), as_base)
     difference = make_noise((2, 16, 5, 8, 8), [0, 1])
     view = torch.nn.functional.conv2d(difference.transpose(1, 2).flatten(0, 1), task.error.filters, padding=1).unflatten(
@@ -219,7 +219,7 @@ def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base):
     torch.testing.assert_close(between, torch.tensor([(0.55 * 0.39) ** -0.5]))
 
 
-def test_the_guided_base_learns_what_guidance_makes_of_it(as_base, tmp_path):
+def test_the_guided_base_learns_what_guidance_makes_of_it(as_base, tmp_path, small):
     """The base's velocity, pushed on from the one without a prompt, and from a weaker base's where there is one."""
     task = flow.GuidedTask(0, torch.device("cpu"), as_base)
     task.pool.size = 4
@@ -246,7 +246,7 @@ def test_the_guided_base_learns_what_guidance_makes_of_it(as_base, tmp_path):
     assert task.loss(0, 4, slice(1, 3)) < 1e-9 < loss
 
 
-def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, few_steps):
+def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, small):
     """From a point of a trajectory, with a part of its prompt, it learns where the guided base goes with the whole of it."""
     task = flow.TeacherTask(0, torch.device("cpu"), as_base, tmp_path, 4)
     task.prepare(training.Share())
@@ -296,12 +296,12 @@ def test_the_decoder_learns_from_what_the_teacher_denoised(as_base):
 
 
 @pytest.fixture
-def few_steps():
-    with few_teacher_steps():
+def small():
+    with in_small():
         yield
 
 
-def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, few_steps):
+def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, small):
     """A run stopped after 2 of 3 steps and resumed writes the weights of an unbroken run, bit for bit."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     for part in training.PARTS:
