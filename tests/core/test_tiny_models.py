@@ -209,7 +209,7 @@ def test_shape_filters_tell_shapes_apart_from_all_else(as_base):
 def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base, small):
     task = flow.BaseTask(0, torch.device("cpu"), as_base)
     difference = make_noise((2, 16, 5, 8, 8), [0, 1])
-    view = torch.nn.functional.conv2d(difference.transpose(1, 2).flatten(0, 1), task.error.filters, padding=1).unflatten(
+    view = torch.nn.functional.conv2d(difference.transpose(1, 2).flatten(0, 1), task.error.each.filters, padding=1).unflatten(
         0, (2, 5)
     )
     each = (difference.square().mean((1, 2, 3, 4)) + view.square().mean((1, 2, 3, 4))) / 2

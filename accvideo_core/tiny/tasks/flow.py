@@ -136,18 +136,27 @@ def stratified(count: int, generator: torch.Generator) -> Tensor:
     return (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
 
 
-class FlowError:
-    """The mean square of a velocity's difference (B, 16, T, h, w) to its target, half of it as the shape filters see it, every
-    noise level counting alike. The square of any linear view has the same minimum, the mean velocity."""
+class ShapeError:
+    """(B,) mean squares of a velocity's difference (B, 16, T, h, w) to its target, half of each as the shape filters see it. The
+    square of any linear view has the same minimum, the mean velocity."""
 
     def __init__(self, vae: TinyVAE, device: torch.device) -> None:
         self.filters = shape_filters(vae, device)
 
-    def __call__(self, difference: Tensor, sigma: Tensor) -> Tensor:
+    def __call__(self, difference: Tensor) -> Tensor:
         seen = conv2d(rearrange(difference, "b c t h w -> (b t) c h w"), self.filters, padding=1)
         seen = rearrange(seen, "(b t) c h w -> b (c t h w)", b=len(difference))
-        square = difference.flatten(1).square().mean(1) + seen.square().mean(1)
-        return (square / 2 * level_weight(sigma)).mean()
+        return (difference.flatten(1).square().mean(1) + seen.square().mean(1)) / 2
+
+
+class FlowError:
+    """The mean `ShapeError`, every noise level counting alike."""
+
+    def __init__(self, vae: TinyVAE, device: torch.device) -> None:
+        self.each = ShapeError(vae, device)
+
+    def __call__(self, difference: Tensor, sigma: Tensor) -> Tensor:
+        return (self.each(difference) * level_weight(sigma)).mean()
 
 
 class FlowTask:

@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.students import student_metadata
-from ...distill import trajectory_loss
+from ...distill import segment_velocity
 from ...schedule import key_indices, key_sigmas
 from ..clips import keyed_generator
 from ..pipeline import TinyPipeline
 from ..share import Share
 from ..training import Defaults
 from .common import KEYS, PRESET, TEACHER_STEPS, block_matrices, draw_guidance, sample_sheet, save_weights
+from .flow import ShapeError
 from .trajectories import Capture
 
 
 class StudentTask:
-    """The trajectory loss alone: from key point k+1 of a teacher's trajectory, the velocity of the segment to key k."""
+    """The trajectory loss alone, half of it as the shape filters see it: from key point k+1 of a teacher's trajectory, the
+    velocity of the segment to key k."""
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
@@ -37,6 +39,7 @@ class StudentTask:
         points = sorted(key_indices(TEACHER_STEPS, KEYS))
         self.capture = Capture(self.teacher, self.text, points, False, run, seed, self.made_from, device)
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
+        self.error = ShapeError(self.vae, device)
         self.keys: Tensor  # (N, m + 1, 16, 5, 8, 8), noise first
         self.prompts: list[str]
 
@@ -54,7 +57,8 @@ class StudentTask:
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         with torch.no_grad():
             cond = self.text.condition([self.prompts[int(i)] for i in index], guidance)
-        return trajectory_loss(self.network(noisier, sigma, cond).float(), noisier, cleaner, sigma, sigma_next)
+        target = segment_velocity(noisier, cleaner, sigma, sigma_next)
+        return self.error(self.network(noisier, sigma, cond).float() - target).mean()
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
