@@ -29,6 +29,7 @@ format: .venv/installed-dev
 screenshots: .venv/installed-dev
 	ACCVIDEO_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest tests/comfyui/test_browser.py
 	install -m 644 out/screenshots/ComfyUI/run.png out/screenshots/ComfyUI/slider.png docs/images
+	install -m 644 out/screenshots/ComfyUI/nodes/*.png web/docs/img
 
 # workflows/*.json and workflows/api/*.json from their descriptions in tests/comfyui/workflow_list.py.
 workflows: .venv/installed-dev

@@ -40,7 +40,7 @@ import folder_paths
 import latent_preview
 import node_helpers
 import torch
-from comfy_api.latest import InputImpl
+from comfy_api.latest import InputImpl, io
 from tqdm.auto import tqdm
 
 from ..accvideo_core.checkpoint import FLOAT8
@@ -77,6 +77,13 @@ def _call(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
     """Call one of ComfyUI's functions with those keywords that this version of it knows: its signatures grow."""
     known = inspect.signature(function).parameters
     return function(*args, **{name: value for name, value in keywords.items() if name in known})
+
+
+def advanced(given: io.Input) -> io.Input:
+    """The input, tucked away on its node until somebody asks for advanced ones. ComfyUI 0.3.64 has no argument for it, but hands
+    on what else an input says."""
+    given.extra_dict = {**given.extra_dict, "advanced": True}
+    return given
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -140,11 +140,13 @@ class AccVideoLoraApply(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A HunyuanVideo or Wan model, the kind the LoRAs were made for."),
                 Stack.Input("stack", tooltip="From AccVideo LoRA Stack."),
-                io.Boolean.Input(
-                    "allow_unmatched",
-                    default=False,
-                    optional=True,
-                    tooltip="Leave out, and name in the report, what is not understood or does not fit, instead of stopping.",
+                bridge.advanced(
+                    io.Boolean.Input(
+                        "allow_unmatched",
+                        default=False,
+                        optional=True,
+                        tooltip="Leave out, and name in the report, what is not understood or does not fit, instead of stopping.",
+                    )
                 ),
             ],
             outputs=[
@@ -180,11 +182,13 @@ class AccVideoLoraMerge(io.ComfyNode):
                     tooltip="What the new file's values are stored as; keep leaves every tensor its own.",
                 ),
                 *_output_inputs("diffusion_models", "accvideo/merged"),
-                io.Boolean.Input(
-                    "allow_unmatched",
-                    default=False,
-                    optional=True,
-                    tooltip="Leave out, and name in the report, what belongs to no tensor of the model, instead of stopping.",
+                bridge.advanced(
+                    io.Boolean.Input(
+                        "allow_unmatched",
+                        default=False,
+                        optional=True,
+                        tooltip="Leave out, and name in the report, what belongs to no tensor of the model, instead of stopping.",
+                    )
                 ),
             ],
             outputs=_written_outputs("the merged checkpoint"),
@@ -256,29 +260,35 @@ class AccVideoLoraExtract(io.ComfyNode):
                 io.Int.Input(
                     "rank", default=32, min=1, max=4096, tooltip="Rank of every pair of factors, or the most with energy."
                 ),
-                io.Float.Input(
-                    "energy",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="0: every module gets rank. Above: as many as hold this share of its change, 0.98 for most.",
+                bridge.advanced(
+                    io.Float.Input(
+                        "energy",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="0: every module gets rank. Above: as many as hold this share of its change, 0.98 for most.",
+                    )
                 ),
-                io.Combo.Input(
-                    "key_format",
-                    options=list(KEY_FORMATS),
-                    default="comfyui",
-                    tooltip="Whose names it has: comfyui loads everywhere in ComfyUI, kohya in musubi-tuner, peft in diffusers.",
+                bridge.advanced(
+                    io.Combo.Input(
+                        "key_format",
+                        options=list(KEY_FORMATS),
+                        default="comfyui",
+                        tooltip="Whose names it has: comfyui loads everywhere in ComfyUI, kohya in musubi-tuner, peft in diffusers.",
+                    )
                 ),
                 io.Combo.Input(
                     "dtype", options=list(LORA_DTYPES), default="fp16", tooltip="What the LoRA's values are stored as."
                 ),
                 *_output_inputs("loras", "accvideo/extracted"),
-                io.Boolean.Input(
-                    "lossy",
-                    default=False,
-                    optional=True,
-                    tooltip="Leave out, and name in the report, what the key format has no place for, instead of stopping.",
+                bridge.advanced(
+                    io.Boolean.Input(
+                        "lossy",
+                        default=False,
+                        optional=True,
+                        tooltip="Leave out, and name in the report, what the key format has no place for, instead of stopping.",
+                    )
                 ),
             ],
             outputs=_written_outputs("the LoRA"),

@@ -113,23 +113,27 @@ class AccVideoSampler(io.ComfyNode):
                     tooltip="Embedded guidance of HunyuanVideo, 6 for the released models; it replaces a value set upstream. "
                     "Wan has none and ignores it.",
                 ),
-                io.Float.Input(
-                    "cfg",
-                    default=1.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    optional=True,
-                    tooltip="Classifier-free guidance, which doubles the time. 1 switches it off; other values need a negative.",
+                bridge.advanced(
+                    io.Float.Input(
+                        "cfg",
+                        default=1.0,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        optional=True,
+                        tooltip="Classifier-free guidance, which doubles the time. 1 switches it off; other values need a negative.",
+                    )
                 ),
-                io.Float.Input(
-                    "denoise",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="How much of the latent to replace: 1 starts from pure noise, lower values keep more of it.",
+                bridge.advanced(
+                    io.Float.Input(
+                        "denoise",
+                        default=1.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        optional=True,
+                        tooltip="How much of the latent to replace: 1 starts from pure noise, lower values keep more of it.",
+                    )
                 ),
             ],
             outputs=[

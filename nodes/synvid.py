@@ -68,22 +68,26 @@ class AccVideoTrajectorySampler(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=50, min=1, max=1000, optional=True, tooltip=f"Euler steps of the teacher. {teachers}."
                 ),
-                io.Int.Input(
-                    "keys",
-                    default=KEYS,
-                    min=1,
-                    max=1000,
-                    optional=True,
-                    tooltip="Segments that the key latents divide the way into; it must divide the steps. As many as steps: all.",
+                bridge.advanced(
+                    io.Int.Input(
+                        "keys",
+                        default=KEYS,
+                        min=1,
+                        max=1000,
+                        optional=True,
+                        tooltip="Segments that the key latents divide the way into; it must divide the steps. As many as steps: all.",
+                    )
                 ),
-                io.Float.Input(
-                    "shift",
-                    default=7.0,
-                    min=0.01,
-                    max=100.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip=f"Time shift of the schedule: higher spends more steps at high noise. {teachers}.",
+                bridge.advanced(
+                    io.Float.Input(
+                        "shift",
+                        default=7.0,
+                        min=0.01,
+                        max=100.0,
+                        step=0.01,
+                        optional=True,
+                        tooltip=f"Time shift of the schedule: higher spends more steps at high noise. {teachers}.",
+                    )
                 ),
                 io.Float.Input(
                     "guidance",
@@ -216,18 +220,22 @@ class AccVideoSynVidWriter(io.ComfyNode):
                     optional=True,
                     tooltip="Frames per second of that MP4.",
                 ),
-                io.Combo.Input(
-                    "dtype",
-                    options=list(DTYPES),
-                    default="float16",
-                    optional=True,
-                    tooltip="How latents are stored; float16 keeps velocities within 1 %, at half the bytes.",
+                bridge.advanced(
+                    io.Combo.Input(
+                        "dtype",
+                        options=list(DTYPES),
+                        default="float16",
+                        optional=True,
+                        tooltip="How latents are stored; float16 keeps velocities within 1 %, at half the bytes.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "store_noise",
-                    default=False,
-                    optional=True,
-                    tooltip="Keep the noise too; otherwise it is made again from its seed, and checked by its hash.",
+                bridge.advanced(
+                    io.Boolean.Input(
+                        "store_noise",
+                        default=False,
+                        optional=True,
+                        tooltip="Keep the noise too; otherwise it is made again from its seed, and checked by its hash.",
+                    )
                 ),
             ],
             outputs=[

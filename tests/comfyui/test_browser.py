@@ -7,6 +7,7 @@ set to a folder each test leaves its picture there; `make screenshots` makes tho
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.comfyui.model_files import install
 from tests.comfyui.server import ROOT, Server, gguf_pack
@@ -34,6 +36,17 @@ DROP = """([name, data, type]) => {
   const at = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2 };
   for (const kind of ['dragover', 'drop'])
     canvas.dispatchEvent(new DragEvent(kind, { bubbles: true, cancelable: true, dataTransfer: files, ...at }));
+}"""
+ALONE = """([name, id]) => {
+  app.graph.clear();
+  const node = LiteGraph.createNode(name);
+  Object.assign(node, { pos: [0, 0], id });  // an id used before brings the values of its node's widgets back
+  app.graph.add(node);
+  Object.assign(app.canvas.ds, { scale: 1, offset: [600, 200] });
+  app.canvas.deselectAll?.();
+  app.canvas.setDirty(true, true);
+  const canvas = document.querySelector('#graph-canvas').getBoundingClientRect(), title = LiteGraph.NODE_TITLE_HEIGHT;
+  return [600 + canvas.x, 200 - title + canvas.y, node.size[0], node.size[1] + title];
 }"""
 NODES = """() => app.graph.nodes.map((node) => ({
   type: node.type, id: Number(node.id), known: node.type in LiteGraph.registered_node_types, red: !!node.has_errors }))"""
@@ -129,6 +142,32 @@ def test_every_workflow_loads_by_drag_and_drop(page: Page) -> None:
         assert all(it["known"] and not it["red"] for it in nodes), path
         assert page.page.locator("[role=dialog]:visible").count() == 0, f"{path} opens a dialog"
         page.picture(path.stem)
+    assert page.errors == []
+
+
+def test_every_node_is_drawn_and_its_help_shows_its_picture(page: Page) -> None:
+    """The pictures of the help pages are made here, where screenshots are wanted."""
+    page.open()
+    folder = os.environ.get("ACCVIDEO_SCREENSHOTS")
+    names = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md"))
+    assert names == sorted(
+        page.page.evaluate("Object.keys(LiteGraph.registered_node_types).filter((it) => /^AccVideo(?!Test)/.test(it))")
+    )
+    for number, name in enumerate(names, 1000):
+        x, y, width, height = page.page.evaluate(ALONE, [name, number])
+        page.page.wait_for_timeout(300)
+        assert width > 150 and height > 40
+        if folder:
+            area = {"x": x - 10, "y": y - 28, "width": width + 20, "height": height + 38}
+            target = Path(folder, page.server.checkout.name, "nodes", f"{name}.png")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.open(io.BytesIO(page.page.screenshot(clip=area))).convert("P", palette=Image.Palette.ADAPTIVE).save(target)
+        for text in (f"{name}.md", f"{name}/zh.md"):
+            address = f"/extensions/accvideo/docs/{text}"
+            page_text = page.page.evaluate("(address) => fetch(address).then((it) => it.text())", address)
+            assert f"](img/{name}.png)" in page_text
+        loads = "(address) => fetch(address).then((it) => it.ok && it.headers.get('content-type'))"
+        assert page.page.evaluate(loads, f"/extensions/accvideo/docs/img/{name}.png") == "image/png"
     assert page.errors == []
 
 

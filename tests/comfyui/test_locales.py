@@ -30,6 +30,25 @@ def test_english_is_what_the_nodes_say(server: Server) -> None:
     assert (ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8") == as_text(said), "run `make locales`"
 
 
+def test_what_few_need_is_tucked_away(server: Server) -> None:
+    """The front end shows what is marked as advanced when asked to."""
+    tucked = {
+        name: {
+            key for group in node["input"].values() for key, given in group.items() if len(given) > 1 and given[1].get("advanced")
+        }
+        for name, node in server.ask(lambda comfy: comfy.node_types()).items()
+        if name.startswith("AccVideo") and "Test" not in name
+    }
+    assert {name: keys for name, keys in tucked.items() if keys} == {
+        "AccVideoSampler": {"cfg", "denoise"},
+        "AccVideoTrajectorySampler": {"keys", "shift"},
+        "AccVideoSynVidWriter": {"dtype", "store_noise"},
+        "AccVideoLoraApply": {"allow_unmatched"},
+        "AccVideoLoraMerge": {"allow_unmatched"},
+        "AccVideoLoraExtract": {"energy", "key_format", "lossy"},
+    }
+
+
 def test_chinese_has_every_text() -> None:
     english, chinese = dict(texts(read("en"))), dict(texts(read("zh")))
     assert set(english) == set(chinese)
