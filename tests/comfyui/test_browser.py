@@ -84,11 +84,14 @@ class Page:
         if not any(own in error for own in ITS_OWN):
             self.errors.append(error)
 
+    def set(self, name: str, value: Any) -> None:
+        """A setting, for every page opened from now on."""
+        body = json.dumps(value).encode()
+        urllib.request.urlopen(urllib.request.Request(f"{self.server.url}/settings/{name}", body, method="POST")).close()
+
     def open(self, **settings: Any) -> None:
         for name, value in {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", **settings}.items():
-            body = json.dumps(value).encode()
-            request = urllib.request.Request(f"{self.server.url}/settings/{name}", body, method="POST")
-            urllib.request.urlopen(request).close()
+            self.set(name, value)
         self.page.goto(self.server.url)
         self.page.wait_for_function(READY)
         self.page.wait_for_timeout(1500)  # it loads its own default workflow
@@ -120,6 +123,19 @@ def page(browser: Any, server: Server, weights: Path) -> Iterator[Page]:
     made = Page(browser, server)
     yield made
     made.page.close()
+
+
+@pytest.fixture
+def nodes_2(page: Page) -> Iterator[Page]:
+    """A page that draws nodes as elements, not on its canvas."""
+    page.set("Comfy.VueNodes.Enabled", True)
+    page.open()
+    try:
+        if page.page.evaluate("Number(window.__COMFYUI_FRONTEND_VERSION__.split('.')[1])") < 40:
+            pytest.skip("this version's page draws nodes on its canvas")
+        yield page
+    finally:
+        page.set("Comfy.VueNodes.Enabled", False)
 
 
 def shipped(name: str) -> list[dict[str, Any]]:
@@ -171,6 +187,38 @@ def test_every_node_is_drawn_and_its_help_shows_its_picture(page: Page) -> None:
     assert page.errors == []
 
 
+@pytest.mark.parametrize("locale", ["en", "zh"])
+def test_the_help_panel_shows_the_page_and_its_picture(page: Page, locale: str) -> None:
+    help_page = ROOT / "web" / "docs" / ("AccVideoSampler.md" if locale == "en" else "AccVideoSampler/zh.md")
+    page.open(**{"Comfy.Locale": locale})
+    try:
+        page.page.evaluate(ALONE, ["AccVideoSampler", 1])
+        page.page.evaluate("app.canvas.selectNode(app.graph.nodes[0])")
+        page.page.get_by_test_id("info-button").click()
+        page.page.wait_for_function("document.querySelector('.node-help-content img')?.naturalWidth > 0")
+        shown = page.page.locator(".node-help-content").first
+        assert f"# {shown.locator('h1').inner_text()}" == help_page.read_text(encoding="utf-8").splitlines()[0]
+        assert shown.locator("img").get_attribute("src").endswith("/extensions/accvideo/docs/img/AccVideoSampler.png")
+        assert shown.locator("td").count() > 10
+        page.picture(f"help-{locale}")
+    finally:
+        page.set("Comfy.Locale", "en")
+        page.set("Comfy.RightSidePanel.IsOpen", False)
+
+
+def test_in_nodes_2_what_few_need_shows_on_demand(nodes_2: Page) -> None:
+    nodes_2.page.evaluate(ALONE, ["AccVideoSampler", 1])
+    button = nodes_2.page.get_by_test_id("advanced-inputs-button")
+    shown = ["seed", "family", "steps", "shift", "guidance"]
+    for labels in (shown, [*shown, "cfg", "denoise"], shown):
+        count = "(count) => document.querySelectorAll('[data-testid=node-widget]').length === count"
+        nodes_2.page.wait_for_function(count, arg=len(labels))
+        widgets = nodes_2.page.get_by_test_id("node-widget").all_inner_texts()
+        assert [it.split("\n")[0] for it in widgets] == labels
+        button.click()
+    assert nodes_2.errors == []
+
+
 def test_a_run_from_the_page_plays_and_its_file_brings_the_workflow_back(page: Page) -> None:
     before = set(history(page.server))
     page.open()
@@ -200,6 +248,14 @@ def test_a_run_from_the_page_plays_and_its_file_brings_the_workflow_back(page: P
 
 def test_the_slider_compares_two_videos_on_one_clock(page: Page) -> None:
     page.open()
+    compare_by_slider(page, "slider")
+
+
+def test_the_slider_works_in_nodes_2(nodes_2: Page) -> None:
+    compare_by_slider(nodes_2, "slider-2")
+
+
+def compare_by_slider(page: Page, picture: str) -> None:
     page.load("accvideo_tiny_compare")
     page.run()
     page.page.wait_for_selector(".accvideo-compare video", state="attached", timeout=SECONDS)
@@ -221,7 +277,7 @@ def test_the_slider_compares_two_videos_on_one_clock(page: Page) -> None:
     assert 20 < share < 30
     page.page.locator(".accvideo-compare button").click()
     assert page.page.evaluate("[...document.querySelectorAll('.accvideo-compare video')].every((it) => it.paused)")
-    page.picture("slider")
+    page.picture(picture)
     assert page.errors == []
 
 

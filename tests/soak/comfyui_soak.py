@@ -51,6 +51,9 @@ class Args:
     checkout: str | None = None
     """Folder name of one ComfyUI; all that are found by default."""
 
+    json: Path | None = None
+    """Write the reports here, with the memory after each prompt."""
+
 
 @dataclass
 class Report:
@@ -68,8 +71,18 @@ class Report:
         medians = [statistics.median(later[at : at + WINDOW]) for at in range(0, len(later) - WINDOW + 1, WINDOW)]
         return max(medians) / min(medians) - 1 if len(medians) > 1 else None
 
+    def trend(self) -> float | None:
+        """How far a straight line through the readings after WARM climbs, as a share of their mean; None where there are not two.
+        A leak climbs, a cache that comes and goes does not."""
+        later = self.resident[WARM:]
+        if len(later) < 2:
+            return None
+        slope, _ = statistics.linear_regression(range(len(later)), later)
+        return slope * len(later) / statistics.fmean(later)
+
     def told(self) -> dict[str, Any]:
-        told = asdict(self) | {"prompts_a_minute": round(60 * self.prompts / self.seconds, 1), "memory_spread": self.spread()}
+        told = asdict(self) | {"prompts_a_minute": round(60 * self.prompts / self.seconds, 1)}
+        told |= {"memory_spread": self.spread(), "memory_trend": self.trend()}
         at = [0, WARM, len(self.resident) - 1]
         return told | {"resident": {i: f"{self.resident[i] / 1e6:,.0f} MB" for i in at if i < len(self.resident)}}
 
@@ -135,9 +148,10 @@ async def _interrupt(comfy: ComfyClient, prompt: dict[str, Any], share: float) -
 
 
 def soak(server: Server, count: int, interrupts: int, seed: int = 0, tell: Callable[[Report], object] = lambda _: None) -> Report:
-    """Queue `count` prompts one after another, `interrupts` of them stopped; `tell` is called after each."""
+    """Queue `count` prompts one after another, `interrupts` of them stopped; `tell` is called after each. The last is never
+    stopped, so that after every interrupt some prompt shows that the server still works."""
     chance = random.Random(seed)
-    stopped = set(chance.sample(range(count), interrupts))
+    stopped = set(chance.sample(range(count - 1), interrupts))
     lora = put_lora(server, weights_folder(), name="soak")
     report = Report()
 
@@ -170,6 +184,7 @@ def soak(server: Server, count: int, interrupts: int, seed: int = 0, tell: Calla
 def main(args: Args) -> int:
     checkouts = [path for path in find_checkouts() if args.checkout in (None, path.name)]
     fault = not checkouts
+    reports = {}
     for checkout in checkouts:
         with tempfile.TemporaryDirectory() as base:
             server = Server(checkout, prepare(checkout), Path(base) / "comfyui", weights_folder())
@@ -185,8 +200,11 @@ def main(args: Args) -> int:
             finally:
                 server.stop()
         print(json.dumps({"comfyui": checkout.name, **report.told()}), flush=True)
+        reports[checkout.name] = report.told() | {"resident": report.resident}
         spread = report.spread()
         fault |= bool(report.failed) or report.interrupted != args.interrupts or (spread is not None and spread > FLAT)
+    if args.json:
+        args.json.write_text(json.dumps(reports) + "\n", encoding="utf-8")
     return int(fault)
 
 
