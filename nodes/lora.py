@@ -275,7 +275,8 @@ class AccVideoLoraExtract(io.ComfyNode):
                         "key_format",
                         options=list(KEY_FORMATS),
                         default="comfyui",
-                        tooltip="Whose names it has: comfyui loads everywhere in ComfyUI, kohya in musubi-tuner, peft in diffusers.",
+                        tooltip="Whose names it has: comfyui loads everywhere in ComfyUI, kohya in musubi-tuner, peft in "
+                        "diffusers.",
                     )
                 ),
                 io.Combo.Input(

@@ -121,7 +121,8 @@ class AccVideoSampler(io.ComfyNode):
                         max=100.0,
                         step=0.1,
                         optional=True,
-                        tooltip="Classifier-free guidance, which doubles the time. 1 switches it off; other values need a negative.",
+                        tooltip="Classifier-free guidance, which doubles the time. 1 switches it off; other values need a "
+                        "negative.",
                     )
                 ),
                 bridge.advanced(

@@ -75,7 +75,8 @@ class AccVideoTrajectorySampler(io.ComfyNode):
                         min=1,
                         max=1000,
                         optional=True,
-                        tooltip="Segments that the key latents divide the way into; it must divide the steps. As many as steps: all.",
+                        tooltip="Segments that the key latents divide the way into; it must divide the steps. As many as "
+                        "steps: all.",
                     )
                 ),
                 bridge.advanced(

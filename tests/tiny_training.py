@@ -17,7 +17,7 @@ def train(part, folder, steps, stop_at=None, **kw):
     kw = {"batch": 2, "run": folder / "run", "weights": folder, "device": "cpu"} | kw
     args = training.TrainArgs(part, steps=steps, **kw)
     device = torch.device("cpu")
-    task = tasks.make_task(part, args.seed, args.weights, args.run / part, device, args.trajectories, args.weaker)
+    task = tasks.make_task(args, args.weights, device)
     if part in ("vae", "decoder"):
         task.statistics = 32
     if part in ("base", "guided"):

@@ -59,6 +59,8 @@ class TrainArgs:
     """Guided only: a copy of the --weights folder from earlier in the base's training, to guide away from."""
     trajectories: int = 1024
     """Teacher and student only: trajectories captured to learn from, of the guided base or the teacher."""
+    dataset: Path | None = None
+    """Student only: a SynVid dataset of this teacher's to learn from, instead of trajectories captured here."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 
@@ -97,7 +99,7 @@ def run(args: TrainArgs) -> int:
     device = pick_device(args.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    task = make_task(args.part, args.seed, folder, args.run / args.part, device, args.trajectories, args.weaker)
+    task = make_task(args, folder, device)
     for path in fit(task, args, folder, device):
         print(path)
     return 0

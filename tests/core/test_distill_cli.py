@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from accvideo_core import cli
-from accvideo_core.checkpoint import load_student
+from accvideo_core.checkpoint import Student, find_student, load_student
 from accvideo_core.distill.adapters import HunyuanAdapter
 from accvideo_core.distill.source import SynVidSource, split
 from accvideo_core.errors import AccVideoWarning, SynVidError
 from accvideo_core.sampling import few_step, make_noise
 from accvideo_core.schedule import PRESETS
 from accvideo_core.synvid import Header, SynVidDataset
+from accvideo_core.tiny import weights_folder
+from accvideo_core.tiny.share import Share
+from accvideo_core.tiny.tasks.student import StudentTask
 from tests.distill_data import EXPORTABLE, network
 from tests.synvid_data import HEADER, dataset, latent_files
 
@@ -46,6 +51,17 @@ def captured(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def tiny_captured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four trajectories of the bundled teacher, in 10 steps."""
+    folder = tmp_path_factory.mktemp("tiny")
+    prompts, plan, data = folder / "prompts.txt", folder / "plan", folder / "data"
+    prompts.write_text("a red ball moving left\na blue box\na triangle on a grey background\na snowy disc\n")
+    assert cli.main(f"encode {prompts} -o {plan} --device cpu".split()) == 0
+    assert cli.main(f"capture --plan {plan} -o {data} --batch 4 --steps 10 --device cpu".split()) == 0
+    return data
+
+
 def words(data: Path, out: Path, teacher: Path, *more: str) -> list[str]:
     return ["distill", "--dataset", str(data), "--out", str(out), "--teacher", str(teacher), *SMALL, *more]
 
@@ -54,21 +70,41 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_from_prompts_to_a_student_of_the_tiny_world(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_prompts_to_a_student_of_the_tiny_world(
+    tiny_captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Bundled teacher, captured, distilled, sampled: what the documentation says, as small as it goes."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red ball moving left\na blue box\na triangle on a grey background\na snowy disc\n")
-    plan, data, out = tmp_path / "plan", tmp_path / "data", tmp_path / "run"
+    out = tmp_path / "run"
     for line in (
-        f"encode {prompts} -o {plan} --device cpu",
-        f"capture --plan {plan} -o {data} --batch 4 --steps 10 --device cpu",
-        f"distill --dataset {data} -o {out} --iterations 1 --batch 2 --held-out 2 --head-channels 16 --device cpu",
+        f"distill --dataset {tiny_captured} -o {out} --iterations 1 --batch 2 --held-out 2 --head-channels 16 --device cpu",
         f"generate ball --student {out / 'student.safetensors'} -o {tmp_path / 'a.mp4'} --device cpu",
     ):
         assert cli.main(line.split()) == 0, capsys.readouterr().err
     assert {"config.json", "student.safetensors", "best.safetensors", "sheets/iteration-000001.png"} <= files(out)
     assert any(name.startswith("tensorboard/events") for name in files(out)) and (tmp_path / "a.mp4").stat().st_size > 0
+    with safe_open(out / "student.safetensors", "pt") as file:
+        assert find_student("student.safetensors", file.metadata()) == Student(5)
     assert "iteration 1/1  trajectory 0." in capsys.readouterr().out
+
+
+def test_the_tiny_student_learns_from_a_dataset_too(tiny_captured: Path, tmp_path: Path) -> None:
+    weights, data = tmp_path / "weights", SynVidDataset(tiny_captured)
+    shutil.copytree(weights_folder(), weights)
+    line = f"tiny train student --dataset {tiny_captured} --steps 1 --batch 2 --run {tmp_path / 'run'} --weights {weights}"
+    assert cli.main([*line.split(), "--device", "cpu"]) == 0
+    with safe_open(weights / "student.safetensors", "pt") as file:
+        told = file.metadata()
+    assert (told["dataset"], told["trajectories"]) == (data.digest, "4") and find_student("", told) == Student(5)
+    task = StudentTask(0, torch.device("cpu"), weights, tmp_path / "unused", 1, tiny_captured)
+    task.prepare(Share())
+    assert task.keys.shape == (4, 6, 16, 5, 8, 8) and task.prompts == [sample.prompt for sample in data.samples]
+    for key in range(6):
+        assert torch.equal(task.keys[2, 5 - key].float(), data.trajectory(2)[key].half().float())
+    state = load_file(weights / "teacher.safetensors")
+    state["img_in.proj.bias"] = state["img_in.proj.bias"] + 1
+    save_file(state, weights / "teacher.safetensors")
+    with pytest.raises(SynVidError, match="do not fit the network"):
+        StudentTask(0, torch.device("cpu"), weights, tmp_path / "unused", 1, tiny_captured)
 
 
 def test_a_run_writes_what_it_says_and_goes_on(

@@ -380,7 +380,7 @@ def test_bad_training_arguments_are_named(tmp_path):
     with pytest.raises(InvalidValueError, match="steps is 0"):
         train("vae", tmp_path, 0)
     with pytest.raises(InvalidValueError, match="trajectories is 0"):
-        make_task("student", 0, tmp_path, tmp_path, torch.device("cpu"), 0)
+        make_task(training.TrainArgs("student", trajectories=0), tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):
         train("teacher", tmp_path / "empty", 1)
     with pytest.raises(InvalidValueError, match="device 'tpu'"):

@@ -7,21 +7,20 @@ from pathlib import Path
 import torch
 
 from ...errors import InvalidValueError
-from ..training import Part, Task
+from ..training import Task, TrainArgs
 from .flow import BaseTask, GuidedTask, TeacherTask
 from .student import StudentTask
 from .vae import DecoderTask, VAETask
 
 
-def make_task(
-    part: Part, seed: int, weights: Path, run: Path, device: torch.device, trajectories: int, weaker: Path | None = None
-) -> Task:
-    """The task of that name, reading what earlier parts wrote to `weights`.
+def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
+    """The task of args.part, reading what earlier parts wrote to `weights`.
 
     InvalidValueError if there are to be no trajectories.
     """
-    if trajectories < 1:
-        raise InvalidValueError(f"trajectories is {trajectories}; it must be at least 1")
+    if args.trajectories < 1:
+        raise InvalidValueError(f"trajectories is {args.trajectories}; it must be at least 1")
+    part, seed, run = args.part, args.seed, args.run / args.part
     if part == "vae":
         return VAETask(seed, device)
     if part == "base":
@@ -29,7 +28,7 @@ def make_task(
     if part == "decoder":
         return DecoderTask(seed, device, weights)
     if part == "guided":
-        return GuidedTask(seed, device, weights, weaker)
+        return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
-        return TeacherTask(seed, device, weights, run, trajectories)
-    return StudentTask(seed, device, weights, run, trajectories)
+        return TeacherTask(seed, device, weights, run, args.trajectories)
+    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset)

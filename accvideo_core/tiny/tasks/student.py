@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from ...checkpoint.students import student_metadata
 from ...distill import segment_velocity
+from ...distill.adapters import adapter_for
+from ...distill.source import check_schedule
 from ...schedule import key_indices, key_sigmas
+from ...synvid import SynVidDataset
 from ..clips import keyed_generator
 from ..pipeline import TinyPipeline
 from ..share import Share
@@ -26,7 +29,9 @@ class StudentTask:
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
-    def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
+    def __init__(
+        self, seed: int, device: torch.device, weights: Path, run: Path, count: int, dataset: Path | None = None
+    ) -> None:
         from .. import load_tiny, part_hash
 
         self.seed, self.device, self.count = seed, device, count
@@ -38,13 +43,26 @@ class StudentTask:
         self.matrices = block_matrices(self.network)
         points = sorted(key_indices(TEACHER_STEPS, KEYS))
         self.capture = Capture(self.teacher, self.text, points, False, run, seed, self.made_from, device)
+        self.dataset = None if dataset is None else self.open(dataset)
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
         self.error = ShapeError(self.vae, device)
         self.keys: Tensor  # (N, m + 1, 16, 5, 8, 8), noise first
         self.prompts: list[str]
 
+    def open(self, address: Path) -> SynVidDataset:
+        """A dataset of this teacher's. SynVidError if it is another's, or of another schedule."""
+        dataset, adapter = SynVidDataset(address), adapter_for("tiny")
+        adapter.check_header(dataset.header, self.teacher, adapter.fingerprint(self.teacher))
+        check_schedule(dataset.header)
+        self.made_from["dataset"], self.count = dataset.digest, len(dataset)
+        return dataset
+
     def prepare(self, share: Share) -> None:
-        self.keys, self.prompts, _ = self.capture.all(self.count, share)
+        if self.dataset is None:
+            self.keys, self.prompts, _ = self.capture.all(self.count, share)
+        else:
+            keys = [torch.stack(self.dataset.trajectory(i)[::-1]).half() for i in range(self.count)]
+            self.keys, self.prompts = torch.stack(keys), [sample.prompt for sample in self.dataset.samples]
 
     def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         generator = keyed_generator(self.seed, "student", step)
