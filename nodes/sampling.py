@@ -182,6 +182,7 @@ class AccVideoSampler(io.ComfyNode):
             positive = bridge.with_guidance(positive, guidance)
             negative = None if negative is None else bridge.with_guidance(negative, guidance)
         solver = bridge.solver(preset.solver)
+        bridge.attention_ran(model, again=True)
         result, seconds = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver)
         told = {
             "steps": max(0, len(sigmas) - 1),
@@ -189,6 +190,7 @@ class AccVideoSampler(io.ComfyNode):
             "seconds": seconds,
             "teacher_steps": preset.teacher_steps,
             "teacher_calls": preset.teacher_steps * (1 if preset.teacher_cfg == 1 else 2),
+            "attention": bridge.attention_ran(model),
         }
         return io.NodeOutput(result, seconds, ui={"accvideo_sampling": [told]})
 

@@ -77,6 +77,7 @@ class HunyuanVideoDiT(nn.Module):
     checkpointing (attribute) recomputes each block in the backward pass to save memory
     attention_kernel (attribute) names the kernel of `dit.attention`, or "auto"; the few text tokens of the refiner always
                  attend by "sdpa"
+    attention_ran (attribute) the kernel that the blocks' last call attended by, None before
     sequence_group (attribute) the processes, each with the same inputs, that share the tokens of a sample; None for one alone
     """
 
@@ -85,6 +86,7 @@ class HunyuanVideoDiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.attention_kernel = "sdpa"
+        self.attention_ran: str | None = None
         self.sequence_group: ProcessGroup | None = None
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         dim, heads, inner = config.hidden_size, config.num_heads, config.mlp_dim
@@ -159,7 +161,7 @@ class HunyuanVideoDiT(nn.Module):
         # Here, and not in the blocks: those may be compiled, and a kernel's test cannot be.
         tokens, head_dim = n + txt.shape[1], self.config.head_dim
         call = Call(latent.device, dtype, head_dim, tokens, tokens, len(latent) * tokens * self.config.hidden_size)
-        kernel = settle(self.attention_kernel, call, key_lengths)
+        self.attention_ran = kernel = settle(self.attention_kernel, call, key_lengths)
         rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device, txt.shape[1])
 
         found: dict[str, Tensor] = {}

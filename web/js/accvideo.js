@@ -7,6 +7,7 @@ const TEXTS = {
   en: {
     speed: (t) => `${t.steps} steps, ${seconds(t.seconds / t.steps)} each, ${seconds(t.seconds)} in all`,
     teacher: (t, all, times) => `its teacher's ${t.teacher_steps} steps would take about ${seconds(all)}: ${times} times as long`,
+    attention: (names) => `attention by ${names}`,
     dataset: (d) => `${d.samples.toLocaleString("en")} samples, ${bytes(d.bytes)} of latents`,
     divider: "Drag to compare",
     play: "Play or pause",
@@ -14,6 +15,7 @@ const TEXTS = {
   zh: {
     speed: (t) => `${t.steps} 步，每步 ${seconds(t.seconds / t.steps)}，共 ${seconds(t.seconds)}`,
     teacher: (t, all, times) => `教师模型 ${t.teacher_steps} 步约需 ${seconds(all)}，是其 ${times} 倍`,
+    attention: (names) => `注意力：${names}`,
     dataset: (d) => `${d.samples.toLocaleString("zh")} 个样本，潜变量 ${bytes(d.bytes)}`,
     divider: "拖动以比较",
     play: "播放或暂停",
@@ -52,7 +54,9 @@ function speed(told) {
   if (Number(times) > 1) {
     box.append(element("div", {}, { textContent: texts().teacher(told, all, times) }));
   }
-  return [box, 72];
+  const names = Object.keys(told.attention ?? {}).join(" + ");
+  if (names) box.append(element("div", {}, { textContent: texts().attention(names) }));
+  return [box, 90];
 }
 
 function dataset(told) {

@@ -22,8 +22,6 @@ ROW_BY_ROW_TOKENS = 2048
 AUTO = "auto"
 NAMES = (AUTO, *KERNELS)
 
-_ran: dict[str, None] = {}
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Sequence[int] | None = None, kernel: str = "sdpa") -> Tensor:
     """Softmax attention: q, k, v (B, heads, N, head_dim) -> (B, N, heads * head_dim).
@@ -63,9 +61,7 @@ def settle(name: str, call: Call, key_lengths: tuple[int, ...] | None = None) ->
     """
     if torch.compiler.is_compiling():
         return name
-    chosen = _settled(name, call, None if key_lengths is None else tuple(sorted(set(key_lengths))))
-    _ran[chosen] = None
-    return chosen
+    return _settled(name, call, None if key_lengths is None else tuple(sorted(set(key_lengths))))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -132,7 +128,8 @@ def usable(device: torch.device, dtype: torch.dtype | None = None, head_dim: int
     told = {}
     for name, kernel in KERNELS.items():
         reason = refusal(kernel, _any_call(kernel, device, dtype, head_dim))
-        told[name] = kernel.quality if reason is None else f"no: {reason.sentence}"
+        said = "" if reason is None else reason.sentence.removeprefix(f"attention kernel {name} ")
+        told[name] = kernel.quality if reason is None else f"no: {said}"
     return told
 
 
@@ -141,14 +138,8 @@ def _any_call(kernel: Kernel, device: torch.device, dtype: torch.dtype | None, h
     return Call(device, next(iter(kernel.errors)) if dtype is None else dtype, head_dim, 128, 128)
 
 
-def ran() -> tuple[str, ...]:
-    """The kernels that calls in this process were settled on, in the order of their first use."""
-    return tuple(_ran)
-
-
 def forget() -> None:
     """Look and test anew at the next call: after a package was installed, or a driver changed."""
-    _ran.clear()
     for cached in (_settled, _pass_over, announce, fault, machine, key_blocks):
         cached.cache_clear()
 
@@ -168,7 +159,6 @@ __all__ = [
     "forget",
     "machine",
     "measured_error",
-    "ran",
     "refusal",
     "settle",
     "usable",
