@@ -37,6 +37,10 @@ class OutputError(AccVideoError, OSError):
     """Something could not be written; nothing half-written is left behind."""
 
 
+class KernelError(AccVideoError):
+    """A compute kernel that fails or gives wrong results on this device; it is refused instead of used."""
+
+
 class MissingExtraError(AccVideoError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from comfy_api.latest import io
 
+from ..accvideo_core.dit.attention import AUTO, NAMES, check_name
 from ..accvideo_core.errors import CheckpointError, InvalidValueError
 from ..accvideo_core.schedule import get_preset
 from . import bridge
@@ -81,6 +82,14 @@ class AccVideoStudentLoader(io.ComfyNode):
                     tooltip="How weights are kept in memory. default: ComfyUI chooses for your device, scaled fp8 stays as it "
                     "is; bf16: 25.6 GB for the 13 B model; fp8_e4m3fn: 12.8 GB, slightly different results.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(NAMES),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="The attention kernel of this model. auto: ComfyUI's own choice; sdpa, flash2, flash3, flex: exact; "
+                    "sage1, sage2: faster and lossy. One that cannot run here is refused with the reason.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Native MODEL with its family's shift already set.")],
         )
@@ -93,16 +102,18 @@ class AccVideoStudentLoader(io.ComfyNode):
             return str(error)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str | None, weight_dtype: str | None) -> str:
+    def fingerprint_inputs(cls, file: str | None, weight_dtype: str | None, attention: str | None = AUTO) -> str:
         """None stands for an input that is linked; its node is asked itself."""
-        return f"{file} {weight_dtype} {'linked' if file is None else file_state(bridge.diffusion_model_path(file))}"
+        return f"{file} {weight_dtype} {attention} {'linked' if file is None else file_state(bridge.diffusion_model_path(file))}"
 
     @classmethod
-    def execute(cls, file: str, weight_dtype: str) -> io.NodeOutput:
+    def execute(cls, file: str, weight_dtype: str, attention: str = AUTO) -> io.NodeOutput:
         if weight_dtype not in WEIGHT_DTYPES:
             raise InvalidValueError(f"unknown weight dtype {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}")
+        check_name(attention)
         model, _ = load_student(bridge.diffusion_model_path(file), WEIGHT_DTYPES[weight_dtype])
-        return io.NodeOutput(model)
+        model = bridge.with_attention(model, attention)
+        return io.NodeOutput(model, ui={"text": [bridge.attention_here(model, attention)]})
 
 
 class AccVideoTinyModels(io.ComfyNode):

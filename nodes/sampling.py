@@ -184,6 +184,7 @@ class AccVideoSampler(io.ComfyNode):
             positive = bridge.with_guidance(positive, guidance)
             negative = None if negative is None else bridge.with_guidance(negative, guidance)
         solver = bridge.solver(preset.solver)
+        bridge.attention_ran(model, again=True)
         result, seconds = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver)
         told = {
             "steps": max(0, len(sigmas) - 1),
@@ -192,6 +193,7 @@ class AccVideoSampler(io.ComfyNode):
             "teacher_steps": preset.teacher_steps,
             "teacher_calls": preset.teacher_steps * (1 if preset.teacher_cfg == 1 else 2),
             "warnings": warnings,
+            "attention": bridge.attention_ran(model),
         }
         return io.NodeOutput(result, seconds, ui={"accvideo_sampling": [told]})
 

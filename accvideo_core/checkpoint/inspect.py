@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..devices import pick_device
 from ..dit import Conditioning, DiTConfig
+from ..dit.attention import AUTO, check, usable
 from ..schedule import PRESETS
 from .layouts import some
 from .quantised import FLOAT8
@@ -41,9 +42,11 @@ class InspectArgs:
     step: bool = False
     """Also build the network and run one step from pure noise on a small latent with random text (needs memory for all of it)."""
     device: str = "cpu"
-    """Where --step runs: cpu, cuda, mps."""
+    """Where --step runs: cpu, cuda, mps. Attention kernels are listed for the GPU where there is one, or for the device named."""
     dtype: Literal["stored", "bf16", "fp16", "fp32"] = "stored"
     """What --step computes in."""
+    attention: str = AUTO
+    """The attention kernel of --step: auto, the fastest exact one, or a name of the list."""
     weights: str | None = None
     """Which network of a .pt file that holds several: module (the default), ema, ..."""
     json: bool = False
@@ -52,8 +55,12 @@ class InspectArgs:
 
 def run(args: InspectArgs) -> int:
     """Print the report on `args.file`; 0 if nothing is wrong, 1 otherwise. CheckpointError if it cannot be read at all."""
+    device = pick_device("auto" if args.device == "cpu" else args.device)
+    check(args.attention, pick_device(args.device) if args.step else device)
     with open_checkpoint(args.file, strict=False, weights=args.weights) as checkpoint:
         report = describe(checkpoint)
+        head_dim = checkpoint.config.hidden_size // checkpoint.config.num_heads
+        report["attention"] = {"device": str(device), "kernels": usable(device, head_dim=head_dim)}
         if args.self_check:
             report["values"], found = check_values(checkpoint)
             report["problems"] += found
@@ -152,12 +159,14 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
         pooled=torch.randn(1, c.pooled_dim, generator=generator),
         guidance=torch.full((1,), 6.0) if c.guidance_embed else None,
     )
+    network.attention_kernel = args.attention
     velocity = network(noise.to(device), torch.ones(1, device=device), conditioning.to(device)).float().cpu()
     finite = bool(torch.isfinite(velocity).all())
     likeness = float(torch.corrcoef(torch.stack([velocity.flatten(), noise.flatten()]))[0, 1])
     stats = {
         "latent": list(_STEP_LATENT),
         "dtype": str(network.dtype).removeprefix("torch."),
+        "attention": network.attention_ran,
         "mean": float(velocity.mean()),
         "std": float(velocity.std()),
         "finite": finite,
@@ -190,6 +199,10 @@ def _as_text(report: dict[str, Any]) -> str:
     ]
     lines += [f"metadata    {key}: {_shortened(value)}" for key, value in report["metadata"].items()]
     lines += [f"note        {note}" for note in report["notes"]]
+    kernels = report["attention"]["kernels"]
+    runs = ", ".join(f"{name} ({told})" for name, told in kernels.items() if not told.startswith("no: "))
+    lines.append(f"attention   on {report['attention']['device']}: {runs}")
+    lines += [f"            not {name}: {told[4:]}" for name, told in kernels.items() if told.startswith("no: ")]
     if "values" in report:
         values = report["values"]
         lines.append(f"values      {values['tensors_read']} tensors read")
@@ -199,7 +212,7 @@ def _as_text(report: dict[str, Any]) -> str:
         step = report["step"]
         lines.append(
             f"one step    mean {step['mean']:.4f}, std {step['std']:.4f}, finite {'yes' if step['finite'] else 'no'}, "
-            f"correlation with the noise {step['likeness_to_noise']:.3f} ({step['dtype']})"
+            f"correlation with the noise {step['likeness_to_noise']:.3f} ({step['dtype']}, attention by {step['attention']})"
         )
     lines += [f"PROBLEM     {problem}" for problem in report["problems"]] or ["ok          nothing wrong found"]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InvalidValueError
+from .attention import Call, settle
 from .config import DiTConfig
 from .layers import (
     DoubleStreamBlock,
@@ -74,7 +75,9 @@ class HunyuanVideoDiT(nn.Module):
 
     ops          namespace of Linear, LayerNorm, RMSNorm and Conv3d (torch.nn, or a host's casting layers)
     checkpointing (attribute) recomputes each block in the backward pass to save memory
-    attention_kernel (attribute) names the kernel of `dit.attention`
+    attention_kernel (attribute) names the kernel of `dit.attention`, or "auto"; the few text tokens of the refiner always
+                 attend by "sdpa"
+    attention_ran (attribute) the kernel that the blocks' last call attended by, None before
     sequence_group (attribute) the processes, each with the same inputs, that share the tokens of a sample; None for one alone
     """
 
@@ -83,6 +86,7 @@ class HunyuanVideoDiT(nn.Module):
         self.config = config
         self.checkpointing = False
         self.attention_kernel = "sdpa"
+        self.attention_ran: str | None = None
         self.sequence_group: ProcessGroup | None = None
         kw: dict[str, Any] = {"device": device, "dtype": dtype}
         dim, heads, inner = config.hidden_size, config.num_heads, config.mlp_dim
@@ -135,7 +139,7 @@ class HunyuanVideoDiT(nn.Module):
         """
         wanted = self._check(latent, features)
         grid = tuple(n // p for n, p in zip(latent.shape[2:], self.config.patch_size, strict=True))
-        dtype, kernel = self.dtype, self.attention_kernel
+        dtype = self.dtype
 
         text, lengths = trim_text(conditioning.text, conditioning.text_mask)
         t = sigma.float() * 1000.0
@@ -145,7 +149,7 @@ class HunyuanVideoDiT(nn.Module):
                 raise InvalidValueError("this network embeds guidance; set Conditioning.guidance (6.0 for HunyuanVideo)")
             vec = vec + self.guidance_in(conditioning.guidance.to(dtype) * 1000.0, dtype)
 
-        txt = self.txt_in(text.to(dtype), t, lengths, kernel)
+        txt = self.txt_in(text.to(dtype), t, lengths, "sdpa")
         img = self.img_in(latent.to(dtype))
         n, split = img.shape[1], None
         if self.sequence_group is not None:
@@ -154,6 +158,10 @@ class HunyuanVideoDiT(nn.Module):
             split = Split.over(self.sequence_group, n, self.config.num_heads)
             img = split.cut(img)
         key_lengths = None if lengths is None else tuple(n + length for length in lengths)
+        # Here, and not in the blocks: those may be compiled, and a kernel's test cannot be.
+        tokens, head_dim = n + txt.shape[1], self.config.head_dim
+        call = Call(latent.device, dtype, head_dim, tokens, tokens, len(latent) * tokens * self.config.hidden_size)
+        self.attention_ran = kernel = settle(self.attention_kernel, call, key_lengths)
         rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device, txt.shape[1])
 
         found: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..devices import pick_device
 from ..distill.adapters import adapter_for
+from ..dit.attention import AUTO, KERNELS, check
 from ..errors import InvalidValueError
 from ..lora.streaming import sha256_of
 from ..schedule import get_preset
@@ -61,6 +62,8 @@ class CaptureArgs:
     """What latents are stored as."""
     dtype: Precision = "auto"
     """Precision of the network; auto is bfloat16, on a CPU float32."""
+    attention: str = AUTO
+    """The attention kernel: auto, the fastest exact one here, or an exact one that `accvideo inspect` lists."""
     device: str = "auto"
     """cpu, cuda, mps, or auto; under torchrun each process takes its own GPU."""
     json: bool = False
@@ -72,11 +75,16 @@ def run(args: CaptureArgs) -> int:
     if args.full and args.keys is not None:
         raise InvalidValueError("--full keeps the latent after every step; leave out --keys")
     plan, device = Plan(args.plan), _device(args.device)
+    check(args.attention, device)
+    if args.attention != AUTO and (kernel := KERNELS[args.attention]).lossy:
+        raise InvalidValueError(
+            f"attention kernel {kernel.name} is {kernel.quality}, and a student would learn that too; choose auto, which is exact"
+        )
     file, family = find_network(args.teacher, "teacher")
     adapter, preset = adapter_for(family), get_preset(family)
     cfg = preset.teacher_cfg if args.cfg is None else args.cfg
     negative = _negative(plan, cfg, args.negative)
-    network = load_network(adapter, file, device, args.dtype)
+    network = load_network(adapter, file, device, args.dtype, args.attention)
     steps = preset.teacher_steps if args.steps is None else args.steps
     new = not (args.out / HEADER).exists()
     header = Header.of(

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..devices import pick_device, synchronize
 from ..distill.adapters import adapter_for
+from ..dit.attention import AUTO, check
 from ..errors import InvalidValueError, PromptError
 from ..files import check_writable
 from ..media import upscale, write_mp4
@@ -71,6 +72,8 @@ class GenerateArgs:
     """cpu, cuda, mps, or auto."""
     dtype: Precision = "auto"
     """Precision of the network; auto is bfloat16, of the tiny world and on a CPU float32."""
+    attention: str = AUTO
+    """The attention kernel: auto, the fastest exact one here, or a name that `accvideo inspect` lists."""
     json: bool = False
     """Print what was made as JSON."""
 
@@ -99,6 +102,7 @@ def run(args: GenerateArgs) -> int:
     file, family = find_network(args.student, which)
     _check_same_world(args, family)
     usual, preset, device = SIZES[family], get_preset(family), pick_device(args.device)
+    check(args.attention, device)
     given = (args.frames, args.height, args.width)
     shape = latent_shape(*(own if own is not None else size for own, size in zip(given, usual, strict=False)))
     steps = (preset.teacher_steps if args.teacher else preset.steps) if args.steps is None else args.steps
@@ -107,16 +111,17 @@ def run(args: GenerateArgs) -> int:
     timed = Stopwatch(device)
     vae = timed("loading VAE", lambda: load_vae(args.vae, device))
     text = _encode(args, timed)
-    latent = _sample(args, file, family, text, noise, sigmas, timed)
+    latent, kernel = _sample(args, file, family, text, noise, sigmas, timed)
     frames = timed("vae", lambda: vae.decode(latent[0]))
     model = f"tiny-{which}" if args.student == BUNDLED else file.name
     recipe = {"prompt": args.prompt, "model": model, "steps": steps, "seed": args.seed, "accvideo": __version__}
     metadata = {"accvideo": json.dumps(recipe)}
     timed("encoding", lambda: write_mp4(args.out, upscale(frames, args.upscale), usual.fps, metadata=metadata))
     if args.json:
-        print(json.dumps({**recipe, "file": str(args.out), "seconds": timed.seconds}))
+        print(json.dumps({**recipe, "file": str(args.out), "attention": kernel, "seconds": timed.seconds}))
     else:
-        print(f"{args.out}  ({model}, {steps} steps: " + ", ".join(f"{k} {v:.2f} s" for k, v in timed.seconds.items()) + ")")
+        seconds = ", ".join(f"{name} {taken:.2f} s" for name, taken in timed.seconds.items())
+        print(f"{args.out}  ({model}, {steps} steps, attention by {kernel}: {seconds})")
     return 0
 
 
@@ -139,10 +144,11 @@ def _encode(args: GenerateArgs, timed: Stopwatch) -> Encoding:
 
 def _sample(
     args: GenerateArgs, file: Path, family: str, text: Encoding, noise: Tensor, sigmas: Tensor, timed: Stopwatch
-) -> Tensor:
+) -> tuple[Tensor, str | None]:
+    """The latent, and the attention kernel that ran."""
     precision: Precision = "float32" if args.dtype == "auto" and family == "tiny" else args.dtype
     adapter = adapter_for(family)
-    network = timed("loading network", lambda: load_network(adapter, file, timed.device, precision))
+    network = timed("loading network", lambda: load_network(adapter, file, timed.device, precision, args.attention))
     adapter.check_text(network, *text)
     conditioning = adapter.conditioning(pad_texts([text]), adapter.guidance(network, args.guidance)).to(timed.device)
 
@@ -154,4 +160,5 @@ def _sample(
         def progress(step: Step) -> None:
             bar.update()
 
-        return timed("sampling", lambda: euler_flow(velocity, noise.to(timed.device), sigmas, [progress]))
+        latent = timed("sampling", lambda: euler_flow(velocity, noise.to(timed.device), sigmas, [progress]))
+    return latent, getattr(network, "attention_ran", None)

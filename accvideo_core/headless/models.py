@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .. import tiny
 from ..checkpoint import open_checkpoint
 from ..distill.adapters import Adapter
+from ..dit import HunyuanVideoDiT
+from ..dit.attention import AUTO
+from ..errors import InvalidValueError
 from ..synvid.text_encoders import HunyuanText, TextEncoder, WanText, kind_of
 from ..synvid.video_vae import HunyuanVAE, VideoVAE
 from ..tiny.clips import FPS, FRAMES, SIZE
@@ -95,9 +98,19 @@ def find_network(where: str, which: tiny.Which) -> tuple[Path, str]:
         return path, checkpoint.family
 
 
-def load_network(adapter: Adapter, path: Path, device: torch.device, dtype: Precision = "auto") -> nn.Module:
-    """The network in a file, without gradients ("auto": bfloat16, on a CPU float32)."""
-    return adapter.load(path, device, _dtype(dtype, device, torch.bfloat16)).requires_grad_(False)
+def load_network(
+    adapter: Adapter, path: Path, device: torch.device, dtype: Precision = "auto", attention: str | None = None
+) -> nn.Module:
+    """The network in a file, without gradients ("auto": bfloat16, on a CPU float32), and the attention kernel that its blocks
+    are to use; None leaves it as it is. InvalidValueError for one in a network that is not our own."""
+    network = adapter.load(path, device, _dtype(dtype, device, torch.bfloat16)).requires_grad_(False)
+    if isinstance(network, HunyuanVideoDiT):
+        network.attention_kernel = network.attention_kernel if attention is None else attention
+    elif attention not in (None, AUTO):
+        raise InvalidValueError(
+            f"attention is {attention!r}, but a {adapter.family} network runs in diffusers with attention of its own; choose auto"
+        )
+    return network
 
 
 def _dtype(name: Precision, device: torch.device, usual: torch.dtype) -> torch.dtype:

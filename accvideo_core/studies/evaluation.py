@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from ..checkpoint import load_student
 from ..devices import pick_device
+from ..dit.attention import AUTO, check
 from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path, check_writable
 from ..tiny import load_text_encoder, load_vae
@@ -57,6 +58,9 @@ class EvaluateArgs:
     """cpu, cuda, mps, or auto."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network."""
+    attention: str = AUTO
+    """The attention kernel: auto, the fastest exact one here, or a name that `accvideo inspect` lists. The teacher that a model
+    is compared to keeps the exact one."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -67,7 +71,9 @@ def run(args: EvaluateArgs) -> int:
         if value is not None and value < 1:
             raise InvalidValueError(f"{name} is {value}; it must be at least 1")
     rows = read_plan(args.plan)[: args.limit]
+    check(args.attention, pick_device(args.device), DTYPES[args.dtype])
     pipeline = load(args)
+    pipeline.network.attention_kernel = args.attention
     steps = pipeline.default_steps if args.steps is None else args.steps
     named = args.weights.name if args.weights else f"tiny-{pipeline.which}"
     result: dict[str, Any] = {"model": named, "steps": steps, "dtype": args.dtype}
@@ -81,6 +87,7 @@ def run(args: EvaluateArgs) -> int:
         made, compared = compare(args, pipeline, rows, steps)
         frames = made.frames
         result |= score_reads(made.reads, rows) | {"to_teacher": fidelity.plain(compared)}
+    result["attention"] = pipeline.network.attention_ran
     if args.frames_out:
         with atomic_path(args.frames_out) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, frames=frames)

@@ -70,7 +70,7 @@ KINDS = {
     "PreviewImage": Kind((("images", "IMAGE"),), extra=360),
     "PreviewAny": Kind((("source", "*"),), extra=150),
     "UnetLoaderGGUF": Kind((), (("unet_name", ""),), (("MODEL", "MODEL"),), "ComfyUI-GGUF"),
-    "AccVideoStudentLoader": Kind((), (("file", ""), ("weight_dtype", "default")), (MODEL,), "accvideo"),
+    "AccVideoStudentLoader": Kind((), (("file", ""), ("weight_dtype", "default"), ("attention", "auto")), (MODEL,), "accvideo"),
     "AccVideoTinyModels": Kind((), (("which", "student"),), (MODEL, CLIP, VAE), "accvideo"),
     "AccVideoLoraStack": Kind(
         (("stack?", LORAS),), (("lora", ""), ("strength", 1.0), ("blocks", "all")), (("stack", LORAS),), "accvideo"

@@ -8,6 +8,7 @@ const TEXTS = {
     speed: (t) => `${t.steps} steps, ${seconds(t.seconds / t.steps)} each, ${seconds(t.seconds)} in all`,
     teacher: (t, all, times) => `its teacher's ${t.teacher_steps} steps would take about ${seconds(all)}: ${times} times as long`,
     warning: (w) => w.text.charAt(0).toUpperCase() + w.text.slice(1),
+    attention: (names) => `attention by ${names}`,
     dataset: (d) => `${d.samples.toLocaleString("en")} samples, ${bytes(d.bytes)} of latents`,
     divider: "Drag to compare",
     play: "Play or pause",
@@ -16,6 +17,7 @@ const TEXTS = {
     speed: (t) => `${t.steps} 步，每步 ${seconds(t.seconds / t.steps)}，共 ${seconds(t.seconds)}`,
     teacher: (t, all, times) => `教师模型 ${t.teacher_steps} 步约需 ${seconds(all)}，是其 ${times} 倍`,
     warning: (w) => CHINESE_WARNINGS[w.about]?.(w) ?? w.text,
+    attention: (names) => `注意力：${names}`,
     dataset: (d) => `${d.samples.toLocaleString("zh")} 个样本，潜变量 ${bytes(d.bytes)}`,
     divider: "拖动以比较",
     play: "播放或暂停",
@@ -63,12 +65,14 @@ function speed(told) {
   if (Number(times) > 1) {
     box.append(element("div", {}, { textContent: texts().teacher(told, all, times) }));
   }
+  const names = Object.keys(told.attention ?? {}).join(" + ");
+  if (names) box.append(element("div", {}, { textContent: texts().attention(names) }));
   const warnings = told.warnings ?? [];
   for (const warning of warnings) {
     const style = { color: "var(--warning-text, #f0b040)" };
     box.append(element("div", style, { className: "accvideo-warning", textContent: `⚠ ${texts().warning(warning)}` }));
   }
-  return [box, 72 + 54 * warnings.length];
+  return [box, 90 + 54 * warnings.length];
 }
 
 function dataset(told) {
