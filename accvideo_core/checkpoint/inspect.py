@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ..devices import pick_device
 from ..dit import Conditioning, DiTConfig
 from ..dit.attention import AUTO, check, usable
+from ..errors import InvalidValueError
 from ..schedule import PRESETS
 from .layouts import some
 from .quantised import FLOAT8
@@ -55,7 +56,7 @@ class InspectArgs:
 
 def run(args: InspectArgs) -> int:
     """Print the report on `args.file`; 0 if nothing is wrong, 1 otherwise. CheckpointError if it cannot be read at all."""
-    device = pick_device("auto" if args.device == "cpu" else args.device)
+    device = _best_device() if args.device == "cpu" else pick_device(args.device)
     check(args.attention, pick_device(args.device) if args.step else device)
     with open_checkpoint(args.file, strict=False, weights=args.weights) as checkpoint:
         report = describe(checkpoint)
@@ -78,6 +79,14 @@ def run(args: InspectArgs) -> int:
     else:
         print(_as_text(report))
     return 1 if report["problems"] else 0
+
+
+def _best_device() -> torch.device:
+    """A GPU, or the CPU where there is none or it is too full to be asked."""
+    try:
+        return pick_device("auto")
+    except InvalidValueError:
+        return torch.device("cpu")
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:

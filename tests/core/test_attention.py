@@ -215,6 +215,10 @@ def test_every_kernel_equals_sdpa_within_its_error_or_refuses(name, dtype, gpu, 
                     with pytest.raises(InvalidValueError, match="multiple of 64"):
                         attention(q, k, v, lengths, name)
                     continue
+                if name == "sdpa-cudnn" and min(q.shape[2], *(lengths or (keys,))) < 2:
+                    with pytest.raises(InvalidValueError, match="at least 2 queries and keys"):
+                        attention(q, k, v, lengths, name)
+                    continue
                 out = attention(q, k, v, lengths, name)
                 assert out.dtype == dtype and out.shape == (2, q.shape[2], 128)
                 assert error(out, exact(q, k, v, lengths)) <= kernel.errors[dtype], (keys, lengths)
@@ -443,6 +447,16 @@ class TestSelfTest:
         install("flash_attn", FLASH2.replace("    return out", "    raise torch.OutOfMemoryError('full')"))
         with pytest.raises(torch.OutOfMemoryError):
             check("flash2", CPU, BF16)
+
+
+def test_flex_says_what_does_not_compile(monkeypatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("C++ compile error\nand the whole program")
+
+    monkeypatch.setitem(kernels._found, "flex", fails)
+    monkeypatch.setattr(choice, "fault", lambda *_: None)
+    with pytest.raises(KernelError, match=r"flex does not compile for q \(2, 1, 9, 128\) and 9 keys \(RuntimeError: C.. comp"):
+        attention(*random_qkv(BF16, 9, 9, heads=1), None, "flex")
 
 
 class TestAuto:

@@ -72,6 +72,7 @@ class Kernel:
     kinds          of `Machine`, None for every one
     capabilities   compute capabilities it is made for, () for all; `capability_from` the least
     head_dims      d it takes
+    least          queries and keys it takes, at the least
     key_multiple   what the number of keys must be a multiple of, unless there are at least `ragged_from` (None: always)
     differentiable has a backward pass
     package        what to install, None for what PyTorch has; `find` imports it, ImportError with a sentence if it cannot
@@ -86,6 +87,7 @@ class Kernel:
     capabilities: tuple[tuple[int, int], ...] = ()
     capability_from: tuple[int, int] | None = None
     head_dims: range = field(default_factory=lambda: range(1, 1 << 16))
+    least: int = 1
     key_multiple: int = 1
     ragged_from: int | None = None
     masks: bool = False
@@ -164,6 +166,9 @@ def _wrong_tensors(kernel: Kernel, call: Call) -> Refusal | None:
         )
     if call.queries < 1 or call.keys < 1:
         return Refusal("lengths", f"attention over {call.queries} queries and {call.keys} keys is nothing; give at least one")
+    if min(call.queries, call.keys) < kernel.least:
+        said = f"attention kernel {name} takes at least {kernel.least} queries and keys, not {call.queries} and {call.keys}"
+        return Refusal("lengths", f"{said}; choose auto")
     if call.keys % kernel.key_multiple and (kernel.ragged_from is None or call.keys < kernel.ragged_from):
         return ragged(kernel, call.keys, kernel.key_multiple)
     return None
@@ -255,7 +260,8 @@ def why_not(kernel: Kernel, call: Call) -> Refusal | None:
     if (wrong := fault(kernel, call.device, call.dtype, call.head_dim)) is None:
         return None
     where = f"{machine(call.device).name} in {_short(call.dtype)}"
-    return Refusal("self-test", f"attention kernel {kernel.name} failed its test on {where}: {wrong}; choose auto or sdpa")
+    cure = "update PyTorch, or compute on the CPU" if kernel.name == "sdpa" else "choose auto or sdpa"
+    return Refusal("self-test", f"attention kernel {kernel.name} failed its test on {where}: {wrong}; {cure}")
 
 
 @functools.lru_cache(maxsize=256)

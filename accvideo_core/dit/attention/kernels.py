@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...errors import KernelError
 from .choice import Call, Kernel, Machine, Refusal, ragged
 
 Lengths = tuple[int, ...]
@@ -159,7 +160,15 @@ _BLOCK = 128
 def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, lengths: Lengths | None) -> Tensor:
     rows = (k.shape[2],) * k.shape[0] if lengths is None else lengths
     blocks = key_blocks(rows, q.shape[2], k.shape[2], q.device)
-    out: Tensor = _found["flex"](q, k, v, scale=scale, block_mask=blocks)
+    try:
+        out: Tensor = _found["flex"](q, k, v, scale=scale, block_mask=blocks)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # it is compiled for each kind of shape, and on CPUs some do not compile (one head, several rows)
+        said = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+        raise KernelError(
+            f"attention kernel flex does not compile for q {tuple(q.shape)} and {k.shape[2]} keys ({said}); choose auto or sdpa"
+        ) from error
     return out
 
 
@@ -224,6 +233,7 @@ KERNELS: dict[str, Kernel] = {
             kinds=("cuda",),
             capability_from=(8, 0),
             head_dims=range(8, 129, 8),
+            least=2,
         ),
         Kernel(
             "sdpa-flash",
