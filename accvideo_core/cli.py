@@ -30,6 +30,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "generate": Command("headless.generate", "GenerateArgs", "a prompt to a video, with the bundled models or released ones"),
+    "sample": Command("headless.sample", "SampleArgs", "a plan's videos as latents for ComfyUI, on one GPU or many"),
     "compare": Command("studies.compare", "CompareArgs", "teacher and student side by side: video, contact sheet, times"),
     "captions": Command("synvid.captions", "CaptionsArgs", "videos to a prompt file, described by a vision model"),
     "budget": Command("synvid.budget", "BudgetArgs", "GPU hours, bytes and files of a planned SynVid dataset"),

@@ -28,6 +28,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """bfloat16 where the hardware multiplies it faster than float32 (CUDA, CPUs with AMX), else None."""
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)  # not a public name: it may go
-    return torch.bfloat16 if device.type == "cuda" or (device.type == "cpu" and has_amx()) else None
+    """bfloat16 where the hardware multiplies it faster than float32 (CUDA, CPUs with AMX or AVX512-BF16), else None."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not public names: they may go
+    fast = device.type == "cuda" or (device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks))
+    return torch.bfloat16 if fast else None

@@ -24,21 +24,25 @@ class Ranks:
         self.rank, self._ports = rank, iter(ports)
 
     @contextmanager
-    def world(self, size: int, sequence: int = 1) -> Iterator[World | None]:
-        """The world of the first `size` processes, as torchrun would start it; None in the others. All must call it."""
+    def environment(self, size: int) -> Iterator[bool]:
+        """What torchrun tells the first `size` processes; False, and nothing told, in the others. All must call it."""
         port = next(self._ports)
-        if self.rank >= size:
-            yield None
-            return
         named = {"RANK": self.rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in named.items():
+            for name, value in named.items() if self.rank < size else ():
                 patch.setenv(name, str(value))
-            world = World.start(sequence, "cpu")
+            yield self.rank < size
+
+    @contextmanager
+    def world(self, size: int, sequence: int = 1) -> Iterator[World | None]:
+        """The world of the first `size` processes, as torchrun would start it; None in the others. All must call it."""
+        with self.environment(size) as inside:
+            world = World.start(sequence, "cpu") if inside else None
         try:
             yield world
         finally:
-            world.close()
+            if world is not None:
+                world.close()
 
 
 def in_processes(size: int, job: Job, folder: Path, worlds: int) -> None:
