@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import math
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from accvideo_core import cli
 from accvideo_core.comfy_client import ComfyClient, ComfyError, ComfyInterrupted, Progress
 from accvideo_core.tiny import LATENT_SCALE, Which, load_tiny
 from accvideo_core.tiny.pipeline import TinyPipeline
@@ -61,6 +63,19 @@ def test_the_api_workflow_runs_to_an_mp4(server: Server) -> None:
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
     assert frames.shape == (17, 64, 64, 3)
     assert frames.std() > 5
+
+
+def test_latents_of_the_sample_command_are_loaded_and_decoded(
+    server: Server, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCVIDEO_TINY_WEIGHTS", str(weights))
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT, "seed": 4, "id": "sampled"}) + "\n", encoding="utf-8")
+    assert cli.main(["encode", str(tmp_path / "prompts.jsonl"), "-o", str(tmp_path / "plan"), "--device", "cpu"]) == 0
+    assert cli.main(["sample", str(tmp_path / "plan"), "-o", str(server.base / "input"), "--device", "cpu"]) == 0
+    prompt = tiny_prompt() | {"4": node("LoadLatent", latent="sampled.latent")}
+    assert len(server.run(prompt).files) == 1
+    (loaded,) = server.latents(prompt, ["4", 0])
+    assert relative_error(loaded, generate(weights, 4)) < FAINT
 
 
 def test_each_step_reports_progress_and_a_preview(server: Server) -> None:
