@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,25 +45,52 @@ def rope_table(
     return torch.cat((image, still))
 
 
-def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate interleaved pairs of x (B, heads, N, d) by rope (N, d/2, 2), in float32; same dtype as x."""
+def in_place() -> bool:
+    """Whether a block may write results over what they are made of: nothing is to be differentiated, and no compiler is at work,
+    which plans memory itself. It halves a block's activations and saves passes over them."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def rotated(x: Tensor, rope: Tensor) -> Tensor:
+    """Interleaved pairs of x (B, heads, N, d) turned by rope (N, d/2, 2), in float32."""
     pairs = x.float().unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses real arithmetic and leaves complex numbers alone
         (even, odd), (cos, sin) = pairs.unbind(-1), rope.unbind(-1)
         turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     else:  # one pass instead of six
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rope))
-    return turned.flatten(-2).to(x.dtype)
+    return turned.flatten(-2)
+
+
+def apply_rope(x: Tensor, rope: Tensor, norm: nn.Module | None = None) -> Tensor:
+    """norm(x) turned by rope as in `rotated`, in the dtype of x; in x itself where that may be, a few heads at a time, so that
+    what lies between is small and, on a CPU, in its cache."""
+    if not in_place() or x.numel() < 2**17:  # so few are made anew faster than they are copied back
+        return rotated(x if norm is None else norm(x), rope).to(x.dtype)
+    most = 2**18 if x.device.type == "cpu" else 2**26  # elements
+    for part in x.split(max(1, most // max(1, x[:, :1].numel())), 1):
+        part.copy_(rotated(part if norm is None else norm(part), rope))
+    return x
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D)."""
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    """x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D); x is a norm's result, which nobody else needs."""
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None], out=_over(x, shift))
 
 
 def gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update * gate, with gate (B, D)."""
-    return torch.addcmul(x, update, gate[:, None])
+    """x + update * gate, with gate (B, D); update is a layer's result, which nobody else needs."""
+    return torch.addcmul(x, update, gate[:, None], out=_over(update, x))
+
+
+def _over(result: Tensor, other: Tensor) -> Tensor | None:
+    """The tensor to write over, None for a new one."""
+    return result if in_place() and result.dtype == other.dtype else None
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """tanh-GELU of a layer's result, which nobody else needs."""
+    return torch.ops.aten.gelu_(x, approximate="tanh") if in_place() else gelu(x, approximate="tanh")
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,14 +99,35 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+class Stream(NamedTuple):
+    """What of a run of tokens is to be attended: q, k, v (B, heads, N, d), and what norms q and k."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_norm: nn.Module
+    k_norm: nn.Module
+
+
 def rotary_attention(
-    q: Tensor, k: Tensor, v: Tensor, rope: Tensor, key_lengths: Sequence[int] | None, kernel: str, split: Split | None
+    streams: list[Stream], rope: Tensor, key_lengths: Sequence[int] | None, kernel: str, split: Split | None
 ) -> Tensor:
-    """q, k, v (B, heads, N, d) turned by rope and attended: (B, N, heads*d). With `split`, N are this process's tokens, and
+    """Streams of tokens, one behind the other, normed, turned by rope and attended together: (B, N, heads*d). The list is emptied,
+    so that a stream's memory is free as soon as they are joined. With `split`, the first one's tokens are this process's, and
     rope and key lengths those of the whole sequence."""
+    if split is None:
+        lengths = [stream.q.shape[2] for stream in streams]
+        tables = rope.split(lengths)
+        turned = [(apply_rope(s.q, t, s.q_norm), apply_rope(s.k, t, s.k_norm), s.v) for s, t in zip(streams, tables, strict=True)]
+    else:
+        turned = [(s.q_norm(s.q), s.k_norm(s.k), s.v) for s in streams]
+    streams.clear()
+    q, k, v = turned[0] if len(turned) == 1 else (torch.cat(same, 2) for same in zip(*turned, strict=True))
+    turned.clear()
     if split is not None:
         q, k, v = split.to_heads(q, k, v)
-    attended = attention(apply_rope(q, rope), apply_rope(k, rope), v, key_lengths, kernel)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+    attended = attention(q, k, v, key_lengths, kernel)
     return attended if split is None else split.to_tokens(attended)
 
 
@@ -129,7 +177,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(x)
-        return self.fc2(silu(x) if self.act == "silu" else gelu(x, approximate="tanh"))
+        return self.fc2(silu(x) if self.act == "silu" else gelu_tanh(x))
 
 
 class Modulation(nn.Module):
@@ -256,13 +304,19 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        img_q, img_k, img_v = split_heads(self.img_attn_qkv(modulate(self.img_norm1(img), img_shift1, img_scale1)), self.heads)
-        img_q, img_k = self.img_attn_q_norm(img_q), self.img_attn_k_norm(img_k)
-        txt_q, txt_k, txt_v = split_heads(self.txt_attn_qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)), self.heads)
-        txt_q, txt_k = self.txt_attn_q_norm(txt_q), self.txt_attn_k_norm(txt_k)
-
-        q, k, v = torch.cat((img_q, txt_q), 2), torch.cat((img_k, txt_k), 2), torch.cat((img_v, txt_v), 2)
-        attended = rotary_attention(q, k, v, rope, key_lengths, kernel, split)
+        streams = [
+            Stream(
+                *split_heads(self.img_attn_qkv(modulate(self.img_norm1(img), img_shift1, img_scale1)), self.heads),
+                self.img_attn_q_norm,
+                self.img_attn_k_norm,
+            ),
+            Stream(
+                *split_heads(self.txt_attn_qkv(modulate(self.txt_norm1(txt), txt_shift1, txt_scale1)), self.heads),
+                self.txt_attn_q_norm,
+                self.txt_attn_k_norm,
+            ),
+        ]
+        attended = rotary_attention(streams, rope, key_lengths, kernel, split)
         img_attended, txt_attended = attended[:, : img.shape[1]], attended[:, img.shape[1] :]
 
         img = gated(img, self.img_attn_proj(img_attended), img_gate1)
@@ -295,10 +349,18 @@ class SingleStreamBlock(nn.Module):
         split: Split | None = None,
     ) -> Tensor:
         shift, scale, gate = self.modulation(vec)
-        qkv, hidden = self.linear1(modulate(self.pre_norm(x), shift, scale)).split((3 * self.dim, self.inner), dim=-1)
-        q, k, v = split_heads(qkv, self.heads)
-        attended = rotary_attention(self.q_norm(q), self.k_norm(k), v, rope, key_lengths, kernel, split)
-        return gated(x, self.linear2(torch.cat((attended, gelu(hidden, approximate="tanh")), -1)), gate)
+        made = self.linear1(modulate(self.pre_norm(x), shift, scale))
+        qkv, hidden = made.split((3 * self.dim, self.inner), dim=-1)
+        streams = [Stream(*split_heads(qkv, self.heads), self.q_norm, self.k_norm)]
+        attended = rotary_attention(streams, rope, key_lengths, kernel, split)
+        if in_place():  # v, beside the hidden layer, has been read: what was attended takes its place
+            made[..., 2 * self.dim : 3 * self.dim] = attended
+            del attended
+            gelu_tanh(hidden)
+            joined = made[..., 2 * self.dim :].flatten(0, 1)  # of two dimensions a layer takes any stride without a copy
+        else:
+            joined = torch.cat((attended, gelu_tanh(hidden)), -1)
+        return gated(x, self.linear2(joined).view_as(x), gate)
 
 
 class FinalLayer(nn.Module):

@@ -172,6 +172,7 @@ class HunyuanVideoDiT(nn.Module):
             if stop_early and len(found) == len(wanted) > 0:
                 return None, found
         own, x = img.shape[1], torch.cat((img, txt), 1)
+        del img, txt  # a ninth of the memory that a single block needs
         for i, block in enumerate(self.single_blocks):
             x = self._run(block, x, vec, rope, key_lengths, kernel, split)
             if f"single_blocks.{i}" in wanted:

@@ -130,9 +130,7 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
         for optimizer, its in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its)
         average, start = [a.to(device) for a in state["average"]], state["step"]
-    cast = autocast_dtype(device)
-    with torch.autocast(device.type, cast, enabled=cast is not None):
-        task.prepare(share)
+    task.prepare(share)
 
     def save(step: int) -> None:
         if share.rank:
@@ -143,6 +141,7 @@ def fit(task: Task, args: TrainArgs, weights: Path, device: torch.device) -> lis
             torch.save(state, temporary)
 
     saved = time.monotonic()
+    cast = autocast_dtype(device)
     quiet = share.rank > 0
     bar = tqdm(range(start, steps), args.part, steps, initial=start, mininterval=5, maxinterval=30, disable=quiet)
     smooth: float | None = None

@@ -6,10 +6,12 @@ import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from accvideo_core.checkpoint import expected_shapes
 from accvideo_core.dit import Conditioning, DiTConfig, HunyuanVideoDiT, attention
 from accvideo_core.errors import InvalidValueError
+from tests.peak import Peak
 
 CONFIG = DiTConfig(hidden_size=128, num_heads=1, depth_double=2, depth_single=2, text_dim=24, pooled_dim=20)
 H = 3072
@@ -167,9 +169,9 @@ class TestFeatures:
         network.final_layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         with torch.no_grad():
             velocity, found = network(*values, features=["single_blocks.1", "double_blocks.0"])
+            assert torch.equal(velocity, network(*values))
         assert set(found) == {"single_blocks.1", "double_blocks.0"}
         assert torch.equal(found["single_blocks.1"], seen[0]) and found["double_blocks.0"].shape == (2, 12, 128)
-        assert torch.equal(velocity, network(*values).detach())
 
     @pytest.mark.parametrize("last", ["double_blocks.0", "double_blocks.1", "single_blocks.0", "single_blocks.1"])
     def test_stopping_early_gives_the_same_feature_and_runs_nothing_after(self, last):
@@ -258,6 +260,44 @@ class TestTraining:
             optimizer.step()
             losses.append(loss.item())
         assert losses[-1] < 0.9 * losses[0]
+
+
+class TestInPlace:
+    """What is not to be differentiated is written over what it is made of: the same numbers in half the memory."""
+
+    @pytest.mark.parametrize("lengths", [None, (3, 8)], ids=["full", "padded"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    def test_the_velocity_and_every_feature_are_those_of_a_pass_with_gradients(self, lengths, dtype, monkeypatch):
+        config = DiTConfig(hidden_size=256, num_heads=2, depth_double=2, depth_single=2, text_dim=24, pooled_dim=20)
+        network = build(config=config).to(dtype)
+        generator = torch.Generator().manual_seed(3)
+        _, sigma, told = inputs(lengths)
+        latent = torch.randn(2, 16, 8, 16, 16, generator=generator)  # 512 tokens: 2**17 numbers in each of q and k
+        before = latent.clone(), told.text.clone(), {name: p.detach().clone() for name, p in network.named_parameters()}
+        kept, features = network(latent, sigma, told, network.block_names())
+        written, copy = [], torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *args: written.append(self.shape) or copy(self, *args))
+        with torch.no_grad():
+            velocity, found = network(latent, sigma, told, network.block_names())
+        assert sum(shape[-2:] == (512, 128) for shape in written) >= 4  # q and k of the double blocks' images
+        limit = 2e-6 if dtype == torch.float32 else 2e-2
+        for name, expected in {"velocity": kept, **features}.items():
+            value = velocity if name == "velocity" else found[name]
+            assert float((value - expected.detach()).norm() / expected.detach().norm()) < limit, name
+        assert torch.equal(latent, before[0]) and torch.equal(told.text, before[1])
+        assert all(torch.equal(p, before[2][name]) for name, p in network.named_parameters())
+
+    @pytest.mark.parametrize("latent", [(24, 68, 120), (33, 90, 160)], ids=["544p", "720p"])
+    def test_a_step_of_the_full_model_needs_little_but_what_its_shapes_require(self, latent):
+        """Of the widest layer: its input, q, k, v and the hidden layer side by side, and what was attended."""
+        config = DiTConfig(hidden_size=3072, num_heads=24, depth_double=1, depth_single=1, text_dim=4096)
+        with FakeTensorMode(), torch.no_grad():
+            network = HunyuanVideoDiT(config, dtype=torch.bfloat16)
+            given = torch.randn(1, 16, *latent), torch.randn(1, 256, 4096), torch.randn(1, 768), torch.tensor([6.0])
+            with Peak([*given, *network.parameters()]) as peak:
+                network(given[0], torch.tensor([0.5]), Conditioning(*given[1:]))
+        tokens = latent[0] * latent[1] * latent[2] // 4 + 256
+        assert peak.peak == pytest.approx((1 + 7 + 1) * tokens * 3072 * 2, rel=0.02)
 
 
 class TestCompile:

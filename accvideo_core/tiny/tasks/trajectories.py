@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from ...devices import autocast_dtype
 from ...dit import HunyuanVideoDiT
 from ...errors import CheckpointError
 from ...files import atomic_path
@@ -93,5 +94,7 @@ class Capture:
             if step.index + 1 in wanted:
                 kept.append(step.latent)
 
-        euler_flow(lambda x, s: self.network(x, s, cond), noise, PRESET.sigmas(TEACHER_STEPS), [keep])
+        cast = autocast_dtype(self.device)
+        with torch.autocast(self.device.type, cast, enabled=cast is not None):
+            euler_flow(lambda x, s: self.network(x, s, cond), noise, PRESET.sigmas(TEACHER_STEPS), [keep])
         return torch.stack(kept, 1)
