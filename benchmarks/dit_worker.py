@@ -104,11 +104,11 @@ def main() -> None:
     def memory() -> dict[str, int]:
         held = sum(t.untyped_storage().nbytes() for t in (*network.parameters(), *network.buffers()))
         if place.type != "cuda":
-            from live_memory import LiveMemory
+            from tests.peak import Peak
 
-            with LiveMemory() as live:
+            with Peak([*network.parameters(), *network.buffers()]) as peak:
                 velocity()
-            return {"weights": held, "peak": live.peak}
+            return {"weights": held, "peak": peak.peak}
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         velocity()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,12 +71,7 @@ def tokens_of(size: str) -> int:
 
 def step_flops(size: str) -> dict[str, float]:
     """Multiplications and additions of one call in its blocks: those of linear layers, and of attention."""
-    config, _, text = SIZES[size]
+    config = SIZES[size][0]
     n, d, blocks = tokens_of(size), config.hidden_size, config.depth_double + config.depth_single
     linear = 24.0 * n * d * d * blocks  # text or image: each token passes one stream's layers
     return {"linear": linear, "attention": 4.0 * n * n * d * blocks}
-
-
-def told(size: str) -> dict[str, Any]:
-    config, grid, text = SIZES[size]
-    return {"parameters": sum(torch.Size(s).numel() for s in expected_shapes(config).values()), "latent": grid, "text": text}

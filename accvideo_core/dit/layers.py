@@ -112,9 +112,9 @@ class Stream(NamedTuple):
 def rotary_attention(
     streams: list[Stream], rope: Tensor, key_lengths: Sequence[int] | None, kernel: str, split: Split | None
 ) -> Tensor:
-    """Streams of tokens, one behind the other, normed, turned by rope and attended together: (B, N, heads*d). The list is emptied,
-    so that a stream's memory is free as soon as they are joined. With `split`, the first one's tokens are this process's, and
-    rope and key lengths those of the whole sequence."""
+    """Streams of tokens, one behind the other, normed, turned by rope and attended together: (B, N, heads*d). The list is
+    emptied, so that a stream's memory is free as soon as they are joined. With `split`, the first one's tokens are this
+    process's, and rope and key lengths those of the whole sequence."""
     if split is None:
         lengths = [stream.q.shape[2] for stream in streams]
         tables = rope.split(lengths)
