@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_PROMPTS := "a red circle moving right on a black background" "a blue square moving down" "a shape"
 
-.PHONY: demo test lint format workflows screenshots thumbnails mistakes locales clean
+.PHONY: demo test lint format workflows screenshots thumbnails mistakes locales bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/accvideo compare $(DEMO_PROMPTS) --out out/demo
@@ -46,6 +46,10 @@ mistakes: .venv/installed-dev
 # locales/en from the nodes' own texts, in the first ComfyUI found.
 locales: .venv/installed-dev
 	$(BIN)/python -m tests.comfyui.locales
+
+# Everything that wants a GPU, within nine minutes, into out/bench-gpu; --device cpu tries it out in small sizes.
+bench-gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,6 +28,7 @@ from ..devices import synchronize
 from ..distill.adapters import Adapter, adapter_for
 from ..distill.parallel import World
 from ..dit.attention import AUTO, check
+from ..dit.fp8 import Linears, set_linears
 from ..errors import InvalidValueError
 from ..files import atomic_path, check_writable
 from ..sampling import euler_flow, make_noise
@@ -72,6 +73,8 @@ class SampleArgs:
     """Precision of the network; auto is bfloat16, of the tiny world and on a CPU float32."""
     attention: str = AUTO
     """The attention kernel: auto, the fastest exact one here, or a name that `accvideo inspect` lists."""
+    linears: Linears = "exact"
+    """Linear layers of the blocks: exact, or fp8, which is lossy, halves the weights' memory and, on GPUs with fp8, is faster."""
     json: bool = False
     """Print what was done as JSON."""
 
@@ -80,6 +83,8 @@ def run(args: SampleArgs) -> int:
     """Sample this process's share; the first process prints what all made. 1 if videos had to be left out."""
     if args.batch < 1:
         raise InvalidValueError(f"batch is {args.batch}; it must be at least 1")
+    if args.shard and args.linears != "exact":
+        raise InvalidValueError(f"linears is {args.linears!r}, whose weights are not sharded; leave out --shard, or choose exact")
     plan = Plan(args.plan)
     file, family = find_network(args.student, "teacher" if args.teacher else "student")
     preset, adapter = get_preset(family), adapter_for(family)
@@ -100,6 +105,7 @@ def run(args: SampleArgs) -> int:
             "steps": steps,
             "shift": preset.shift if args.shift is None else args.shift,
             "guidance": guidance,
+            "linears": args.linears,
         }
         items = _missing(plan, args.out, recipe, world)
         if items:
@@ -121,7 +127,8 @@ def run(args: SampleArgs) -> int:
 
 
 def _spread(network: nn.Module, adapter: Adapter, args: SampleArgs, world: World) -> None:
-    """Divide the tokens and the weights as asked, and compile."""
+    """Round, divide the tokens and the weights, and compile, as asked."""
+    set_linears(network, args.linears)
     world.split_sequence(network)
     if args.compile:
         for name in adapter.block_names(network):
