@@ -37,11 +37,14 @@ def train(part, folder, steps, stop_at=None, **kw):
 
 
 @contextlib.contextmanager
-def in_small():
-    """The teacher samples in 5 steps instead of 50, and the shape filters are of 16 scenes instead of 256."""
+def in_small(precision=None):
+    """The teacher samples in 5 steps instead of 50, the shape filters are of 16 scenes instead of 256, and all is computed in
+    float32, or `precision`, whatever the machine is fast at."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (flow, student, trajectories):
             patch.setattr(module, "TEACHER_STEPS", 5)
+        for module in (training, trajectories):
+            patch.setattr(module, "autocast_dtype", lambda device: precision)
         patch.setattr(flow, "shape_filters", functools.partial(flow.shape_filters, size=16))
         yield
 

@@ -320,6 +320,13 @@ def test_each_part_trains_resumes_exactly_and_feeds_the_next(tmp_path, small):
         train("student", broken, 3, weights=other_weights(whole, tmp_path / "other"), trajectories=4)
 
 
+def test_each_part_trains_in_bfloat16(tmp_path):
+    with in_small(torch.bfloat16):
+        for part in training.PARTS:
+            for path in train(part, tmp_path, 2, trajectories=4):
+                assert all(t.isfinite().all() for t in load_file(path).values())
+
+
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 

@@ -47,12 +47,12 @@ class LatentPool:
     def fill(self, number: int) -> None:
         self.scenes = sample_scenes(self.size, keyed_generator(self.seed, "pool", number))
         chunks = []
-        for start in tqdm(range(0, self.size, 64), desc=f"clips, round {number}", leave=False, mininterval=5):
-            scenes = self.scenes.rows(slice(start, start + 64))
-            with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
+            for start in tqdm(range(0, self.size, 64), desc=f"clips, round {number}", leave=False, mininterval=5):
+                scenes = self.scenes.rows(slice(start, start + 64))
                 latents = self.vae.encode(to_network(paint(scenes, coverage(scenes)), self.device)) * LATENT_SCALE
-            chunks.append(latents.half())
-        self.latents, self.round = torch.cat(chunks), number
+                chunks.append(latents.half())
+            self.latents, self.round = torch.cat(chunks), number
 
     def draw(self, step: int, count: int, generator: torch.Generator) -> tuple[Tensor, Scenes]:
         """(count, 16, 5, 8, 8) float32 latents and their scenes."""
