@@ -319,8 +319,11 @@ def test_out_of_memory_says_what_to_change_in_order_of_cost_and_only_what_is_lef
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     for chosen, cures in (
-        ({}, ["--micro-batch 1", "--checkpointing", "--lora 64", "more GPUs", "--sequence", "smaller videos"]),
-        ({"micro_batch": 1, "checkpointing": True}, ["--lora 64", "more GPUs", "--sequence", "smaller videos"]),
+        ({"precision": "auto"}, ["--micro-batch 1", "--checkpointing", "--lora 64", "more GPUs", "--sequence", "smaller videos"]),
+        (
+            {"precision": "auto", "micro_batch": 1, "checkpointing": True},
+            ["--lora 64", "more GPUs", "--sequence", "smaller videos"],
+        ),
     ):
         run = trainer(**chosen)
         monkeypatch.setattr(run, "iteration", fail)
