@@ -305,7 +305,8 @@ def capture(d: dict[str, Any]) -> str:
         m = run["results"][0]
         seconds = m["part"] == "stand-in"
         unit, scale, digits = ("s", 1, 2) if seconds else ("ms", 1000, 1)
-        added = f"{scale * m['extra_seconds_a_trajectory']:.{digits}f} {unit} ({between([scale * x for x in m['extra_interval']], digits)})"
+        limits = between([scale * x for x in m["extra_interval"]], digits)
+        added = f"{scale * m['extra_seconds_a_trajectory']:.{digits}f} {unit} ({limits})"
         whole, *limits = m.get("of_real_trajectory") or m["at_real_step"]
         share = f"{100 * whole:.2f} % ({between([100 * x for x in limits])} %)"
         digits = 1 if seconds else 2
@@ -334,6 +335,35 @@ end at most 2 %. Bytes on disk are {size["ratio"]:.3f} times the information (go
 """
 
 
+def train_step(d: dict[str, Any]) -> str:
+    told = d["arguments"]
+    rows = []
+    for r in d["rows"]:
+        rate = 1e3 * r["tflop"] / r["seconds"]
+        spread = f"{r['seconds']:.2f} ({between(r['spread'])})"
+        rows.append((r["variant"], spread, f"{r['first_seconds']:.1f}", f"{r['peak_gb']:.2f}", f"{rate:.0f}"))
+    parts = d["rows"][0]["components"]
+    whole = sum(parts.values())
+    shares = [(name, f"{100 * s / whole:.1f} %") for name, s in sorted(parts.items(), key=lambda item: -item[1])]
+    first = d["rows"][0]
+    return f"""## An iteration of training
+
+`python benchmarks/train_step.py --size {told["size"]} --batch {told["batch"]} --json docs/benchmarks/train_step.json`
+
+One iteration of Algorithm 1: {told["segments"]} keys, {told["batch"]} trajectories, the trajectory and the adversarial loss, heads and optimizers;
+{first["parameters"] / 1e6:.1f} M parameters in {first["precision"]}. Memory is the process's, PyTorch itself included.
+
+{table(("Variant", "s (least to most)", "First, s", "Peak, GB", "Model GFLOP/s"), rows)}
+
+Where it goes, in the first variant:
+
+{table(("Part", "Share"), shares)}
+
+{threads(d["threads"]).capitalize()} of a CPU, {told["repeats"]} iterations each. Compiling and recomputing are for networks that fill a GPU. `--size
+1b`, with its utilisation, waits for one.
+"""
+
+
 NO_GPU = """## On a GPU
 
 `make bench-gpu` runs everything that wants one within nine minutes and writes into `out/bench-gpu`: the 13 B model's step at
@@ -352,6 +382,7 @@ SECTIONS = {
     "load": load,
     "synvid_read": synvid_read,
     "capture": capture,
+    "train_step": train_step,
 }
 
 

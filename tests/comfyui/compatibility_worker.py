@@ -1,4 +1,4 @@
-"""Runs inside a ComfyUI checkout, under its own Python: what `nodes/bridge.py` finds there, and what comes of each row.
+"""Runs inside a ComfyUI checkout, under its own Python: what `nodes/bridge` finds there, and what comes of each row.
 
 `python compatibility_worker.py CHECKOUT FOLDER` writes FOLDER/told.json; test_compatibility.py reads it.
 """

@@ -1,4 +1,4 @@
-"""What differs between ComfyUI's versions: one table in nodes/bridge.py, one in docs/compatibility.md, a test for each row."""
+"""What differs between ComfyUI's versions: a table in nodes/bridge/versions.py, one in docs/compatibility.md, a test for each row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def documented() -> dict[str, tuple[dict[str, bool], list[str]]]:
 
 
 def keys_of_the_table() -> set[str]:
-    tree = ast.parse((ROOT / "nodes" / "bridge.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "nodes" / "bridge" / "versions.py").read_text(encoding="utf-8"))
     (table,) = (
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DIFFERENCES"
     )

@@ -193,7 +193,7 @@ def node_imports(later: bool = False) -> tuple[set[str], set[str]]:
 def test_the_nodes_start_with_little() -> None:
     """ComfyUI waits for every pack: no training, studies, tiny world or command line, and nothing ComfyUI itself lacks."""
     files, others = node_imports()
-    assert {"nodes/bridge.py", "accvideo_core/lora/merge.py", "accvideo_core/synvid/store.py"} <= files
+    assert {"nodes/bridge/sampling.py", "accvideo_core/lora/merge.py", "accvideo_core/synvid/store.py"} <= files
     heavy = ("distill", "studies", "headless", "tiny", "cli.py", "comfy_queue.py", "inspect.py")
     assert [file for file in files if file.startswith(tuple(f"accvideo_core/{part}" for part in heavy))] == []
     comfyui = {"comfy", "comfy_api", "folder_paths", "latent_preview", "node_helpers"}
