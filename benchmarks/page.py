@@ -350,8 +350,9 @@ def train_step(d: dict[str, Any]) -> str:
 
 `python benchmarks/train_step.py --size {told["size"]} --batch {told["batch"]} --json docs/benchmarks/train_step.json`
 
-One iteration of Algorithm 1: {told["segments"]} keys, {told["batch"]} trajectories, the trajectory and the adversarial loss, heads and optimizers;
-{first["parameters"] / 1e6:.1f} M parameters in {first["precision"]}. Memory is the process's, PyTorch itself included.
+One iteration of Algorithm 1: {told["segments"]} keys, {told["batch"]} trajectories, the trajectory and the adversarial loss,
+heads and optimizers; {first["parameters"] / 1e6:.1f} M parameters in {first["precision"]}. Memory is the process's, PyTorch
+itself included.
 
 {table(("Variant", "s (least to most)", "First, s", "Peak, GB", "Model GFLOP/s"), rows)}
 
@@ -359,8 +360,8 @@ Where it goes, in the first variant:
 
 {table(("Part", "Share"), shares)}
 
-{threads(d["threads"]).capitalize()} of a CPU, {told["repeats"]} iterations each. Compiling and recomputing are for networks that fill a GPU. `--size
-1b`, with its utilisation, waits for one.
+{threads(d["threads"]).capitalize()} of a CPU, {told["repeats"]} iterations each. Compiling and recomputing are for networks
+that fill a GPU. `--size 1b`, with its utilisation, waits for one.
 """
 
 

@@ -1,4 +1,4 @@
-"""What differs between ComfyUI's versions: a table in nodes/bridge/versions.py, one in docs/compatibility.md, a test for each row."""
+"""What differs between ComfyUI's versions: a table in nodes/bridge/versions.py, one in docs/compatibility.md, a test a row."""
 
 from __future__ import annotations
 
