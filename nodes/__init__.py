@@ -1,5 +1,6 @@
 """AccVideo's ComfyUI nodes, a module per capability. The table here is what the pack registers."""
 
+from .decode import AccVideoVAEDecode
 from .loaders import AccVideoStudentLoader, AccVideoTinyModels
 from .lora import AccVideoLoraApply, AccVideoLoraExtract, AccVideoLoraMerge, AccVideoLoraStack
 from .prompts import AccVideoPlanWriter, AccVideoPrompts
@@ -17,6 +18,7 @@ NODES = {
     "AccVideoLoraExtract": (AccVideoLoraExtract, "AccVideo LoRA Extract"),
     "AccVideoSampler": (AccVideoSampler, "AccVideo Sampler"),
     "AccVideoSigmas": (AccVideoSigmas, "AccVideo Sigmas"),
+    "AccVideoVAEDecode": (AccVideoVAEDecode, "AccVideo VAE Decode"),
     "AccVideoCompare": (AccVideoCompare, "AccVideo Compare"),
     "AccVideoTrajectorySampler": (AccVideoTrajectorySampler, "AccVideo Trajectory Sampler"),
     "AccVideoSynVidWriter": (AccVideoSynVidWriter, "AccVideo SynVid Writer"),

@@ -6,6 +6,7 @@ here.
 """
 
 from .attention import attention_here, attention_ran, with_attention
+from .decode import decode
 from .files import (
     diffusion_model_files,
     diffusion_model_path,
@@ -37,6 +38,7 @@ __all__ = [
     "attention_ran",
     "check_conditioning",
     "computed_patch",
+    "decode",
     "decode_latent",
     "difference_patch",
     "diffusion_model_files",

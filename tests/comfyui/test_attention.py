@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 import pytest
 
 from accvideo_core.comfy_client import ComfyError
-from tests.comfyui.server import Server, no_comfyui, node, relative_error, tiny_prompt
-from tests.comfyui.setup_envs import find_checkouts, prepare
+from tests.comfyui.server import Server, node, relative_error, tiny_prompt
 
+TOLD_BY = "attention_worker.py"
 BLOCKS, REFINER = 9, 2  # of the tiny student
 
 
@@ -23,18 +21,6 @@ def export(server: Server, weights: Path) -> str:
     name = "tiny_attention.safetensors"
     (server.base / "models" / "diffusion_models" / name).write_bytes((weights / "student.safetensors").read_bytes())
     return name
-
-
-@pytest.fixture(scope="module", params=find_checkouts() or [None], ids=lambda path: path.name if path else "no ComfyUI")
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if request.param is None:
-        no_comfyui()
-    folder = tmp_path_factory.mktemp("attention")
-    command = [str(prepare(request.param)), str(Path(__file__).with_name("attention_worker.py")), str(request.param), str(folder)]
-    variables = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=request.param, capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "told.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["sdpa", "sdpa-cudnn", "flash2", "sage2"])

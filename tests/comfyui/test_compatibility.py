@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import ast
-import json
-import os
 import re
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.comfyui.server import ROOT, no_comfyui
-from tests.comfyui.setup_envs import find_checkouts, prepare
+from tests.comfyui.server import ROOT
 
+TOLD_BY = "compatibility_worker.py"
 OLDEST, NEWEST = "0.3.64", "0.33.0"  # what docs/compatibility.md has columns for
 
 
@@ -44,18 +40,6 @@ def test_the_document_has_the_rows_of_the_table_and_tests_that_exist() -> None:
     for name, (_, tests) in rows.items():
         assert tests, name
         assert all(f"def {test}(" in here for test in tests), name
-
-
-@pytest.fixture(scope="module", params=find_checkouts() or [None], ids=lambda path: path.name if path else "no ComfyUI")
-def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    if request.param is None:
-        no_comfyui()
-    folder = tmp_path_factory.mktemp("compatibility")
-    command = [str(prepare(request.param)), str(Path(__file__).with_name("compatibility_worker.py")), str(request.param)]
-    variables = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([*command, str(folder)], cwd=request.param, capture_output=True, text=True, env=variables)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "told.json").read_text())
 
 
 def test_each_version_has_what_the_document_says(told: dict[str, Any]) -> None:

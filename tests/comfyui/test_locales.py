@@ -43,6 +43,7 @@ def test_what_few_need_is_tucked_away(server: Server) -> None:
         "AccVideoSampler": {"cfg", "denoise"},
         "AccVideoTrajectorySampler": {"keys", "shift"},
         "AccVideoSynVidWriter": {"dtype", "store_noise"},
+        "AccVideoVAEDecode": {"memory"},
         "AccVideoLoraApply": {"allow_unmatched"},
         "AccVideoLoraMerge": {"allow_unmatched"},
         "AccVideoLoraExtract": {"energy", "key_format", "lossy"},

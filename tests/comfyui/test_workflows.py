@@ -25,6 +25,7 @@ NODES = (
     "AccVideoLoraExtract",
     "AccVideoSampler",
     "AccVideoSigmas",
+    "AccVideoVAEDecode",
     "AccVideoCompare",
     "AccVideoTrajectorySampler",
     "AccVideoSynVidWriter",

@@ -30,7 +30,7 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 FLOORS = (
     {"__init__", "errors"},
     {"files", "devices", "progress"},
-    {"schedule", "dit", "media", "comfy_client", "comfy_workflow"},
+    {"schedule", "dit", "media", "tiles", "comfy_client", "comfy_workflow"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
     {"distill"},
