@@ -24,12 +24,12 @@ class TilePlan(NamedTuple):
     shape: Extent
     tile: Extent
     overlap: Extent
-    count: int
+    tiles: int
     volume: int
 
     @property
     def whole(self) -> bool:
-        return self.count == 1
+        return self.tiles == 1
 
     @property
     def twice(self) -> float:
@@ -39,7 +39,7 @@ class TilePlan(NamedTuple):
     def __str__(self) -> str:
         if self.whole:
             return f"{' x '.join(map(str, self.shape))} latents in one piece"
-        return f"{self.count} tiles of {' x '.join(map(str, self.tile))} latents, {100 * self.twice:.1f} % computed twice"
+        return f"{self.tiles} tiles of {' x '.join(map(str, self.tile))} latents, {100 * self.twice:.1f} % computed twice"
 
 
 def tile_lengths(size: int, tile: int, overlap: int) -> list[int]:
@@ -67,13 +67,14 @@ def plan_tiles(
     smallest = None
     for axes in _stages(shape, overlaps):
         best = None
-        for tile in itertools.product(*axes):
+        for frames, height, width in itertools.product(*axes):
+            tile = frames, height, width
             plan = _plan(shape, tile, overlaps)
             if smallest is None or math.prod(tile) < math.prod(smallest.tile):
                 smallest = plan
             if largest is not None and math.prod(tile) >= largest:
                 continue
-            if (best is None or (plan.volume, plan.count) < (best.volume, best.count)) and fits(tile):
+            if (best is None or (plan.volume, plan.tiles) < (best.volume, best.tiles)) and fits(tile):
                 best = plan
         if best is not None:
             return best

@@ -84,7 +84,7 @@ def _free(vae: comfy.sd.VAE) -> float:
 def _decode(vae: comfy.sd.VAE, samples: torch.Tensor, plan: TilePlan) -> torch.Tensor:
     """(B, 3, T', H', W') in [0, 1], with progress and interrupts after each tile. As VAE.decode_tiled_3d of both versions, which
     has one overlap for height and width and cannot be interrupted."""
-    bar = comfy.utils.ProgressBar(plan.count * len(samples))
+    bar = comfy.utils.ProgressBar(plan.tiles * len(samples))
     dtype = vae.vae_output_dtype() if hasattr(vae, "vae_output_dtype") else torch.float32
 
     def decode_tile(tile: torch.Tensor) -> torch.Tensor:

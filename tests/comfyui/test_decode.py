@@ -72,7 +72,7 @@ def test_the_node_cuts_what_it_is_given_less_memory_for(server: Server) -> None:
     prompt = {"latent": latent, "models": models, "decode": decode, "show": node("PreviewImage", images=["decode", 0])}
     result = server.run(prompt)
     plan = plan_tiles((3, 32, 48), lambda tile: tile[0] * tile[1] * tile[2] <= 3 * 32 * 28)
-    assert plan.count == 2 and result.texts["decode"] == [str(plan)] and len(result.files) == 9
+    assert plan.tiles == 2 and result.texts["decode"] == [str(plan)] and len(result.files) == 9
 
 
 def test_bad_memory(server: Server) -> None:

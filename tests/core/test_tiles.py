@@ -38,7 +38,7 @@ def test_what_fits_is_left_whole() -> None:
 
 def test_half_the_memory_is_two_tiles_across_the_longer_side() -> None:
     plan = plan_tiles(FULL, budget(0.6 * math.prod(FULL)))
-    assert plan.tile == (24, 68, 64) and plan.count == 2
+    assert plan.tile == (24, 68, 64) and plan.tiles == 2
     assert str(plan) == "2 tiles of 24 x 68 x 64 latents, 6.7 % computed twice"
 
 
@@ -61,7 +61,7 @@ def test_no_other_plan_is_better(seed: int) -> None:
                 along = [tile_lengths(*axis) for axis in zip(shape, tile, (overlap_t, overlap, overlap), strict=True)]
                 others.append((math.prod(map(sum, along)), math.prod(map(len, along))))
         if others:
-            assert fits(plan.tile) and (plan.volume, plan.count) == min(others)
+            assert fits(plan.tile) and (plan.volume, plan.tiles) == min(others)
             return
     assert math.prod(plan.tile) == math.prod(min(axis) for axis in (frames, *narrow))
 
@@ -73,7 +73,7 @@ def test_every_place_is_in_a_tile_and_the_volume_is_what_is_computed(shape: Exte
     counts = covered(plan)
     assert all(min(count) >= 1 for count in counts)
     assert plan.volume == math.prod(map(sum, counts))
-    assert plan.count == math.prod(len(tile_lengths(*axis)) for axis in zip(plan.shape, plan.tile, plan.overlap, strict=True))
+    assert plan.tiles == math.prod(len(tile_lengths(*axis)) for axis in zip(plan.shape, plan.tile, plan.overlap, strict=True))
 
 
 @pytest.mark.parametrize("tile", [32, 64])
