@@ -29,6 +29,11 @@ def synchronize(device: torch.device) -> None:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where the hardware multiplies it faster than float32 (CUDA, CPUs with AMX or AVX512-BF16), else None."""
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not public names: they may go
-    fast = device.type == "cuda" or (device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in checks))
+    fast = device.type == "cuda" or (device.type == "cpu" and multiplies_bf16() is not None)
     return torch.bfloat16 if fast else None
+
+
+def multiplies_bf16() -> str | None:
+    """By what the CPU multiplies bfloat16: "amx", "avx512", or None."""
+    checks = {"amx": "_is_amx_tile_supported", "avx512": "_is_avx512_bf16_supported"}  # not public names: they may go
+    return next((by for by, name in checks.items() if getattr(torch.cpu, name, bool)()), None)

@@ -199,12 +199,13 @@ TESTED = [(name, dtype) for name, kernel in KERNELS.items() for dtype in kernel.
 
 
 @pytest.mark.parametrize(("name", "dtype"), TESTED, ids=lambda x: str(x).removeprefix("torch."))
-def test_every_kernel_equals_sdpa_within_its_error_or_refuses(name, dtype, gpu, everything, install) -> None:
+def test_every_kernel_equals_sdpa_within_its_error_or_refuses(name, dtype, gpu, everything, install, monkeypatch) -> None:
     """Keys of 1 to 4096, all of them or another number in each row."""
     kernel = KERNELS[name]
     if name == "sage2":
         install("sageattention", SAGE2)
-    if name not in ("sdpa", "flex"):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: "avx512")
+    if name not in ("sdpa", "products", "flex"):
         gpu(HOPPER)
     with torch.inference_mode():
         for keys in LENGTHS if dtype != torch.float16 else LENGTHS[::3]:  # a CPU computes in it slowly
@@ -223,6 +224,33 @@ def test_every_kernel_equals_sdpa_within_its_error_or_refuses(name, dtype, gpu, 
                 assert out.dtype == dtype and out.shape == (2, q.shape[2], 128)
                 assert error(out, exact(q, k, v, lengths)) <= kernel.errors[dtype], (keys, lengths)
                 assert all(torch.equal(a, b) for a, b in zip((q, k, v), before, strict=True)), "an input was changed"
+
+
+class TestProducts:
+    @pytest.fixture(autouse=True)
+    def fast(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(kernels, "multiplies_bf16", lambda: "avx512")
+
+    @pytest.mark.parametrize(("queries", "keys", "heads"), [(1300, 1300, 3), (513, 70, 2), (40, 3000, 5), (512, 1024, 1)])
+    def test_slices_of_queries_and_heads_are_joined(self, queries, keys, heads) -> None:
+        q, k, v = random_qkv(BF16, queries, keys, heads=heads)
+        with torch.no_grad():
+            assert error(attention(q, k, v, None, "products"), exact(q, k, v)) < 1e-2
+
+    def test_gradients_are_sdpas(self) -> None:
+        given = [x.detach().requires_grad_() for x in random_qkv(BF16, 70, 90)]
+        got = torch.autograd.grad(attention(*given, None, "products").float().square().sum(), given)
+        floats = [x.detach().float().requires_grad_() for x in given]
+        due = torch.autograd.grad(exact(*floats).square().sum(), floats)
+        assert all(error(a, b) < 2e-2 for a, b in zip(got, due, strict=True))
+
+    def test_another_dtype_or_cpu_is_refused(self, monkeypatch) -> None:
+        with pytest.raises(InvalidValueError, match="products takes bfloat16, not float32"):
+            attention(*random_qkv(torch.float32, 9, 9), None, "products")
+        monkeypatch.setattr(kernels, "multiplies_bf16", lambda: "amx")
+        forget()
+        with pytest.raises(InvalidValueError, match="products is for CPUs that multiply bfloat16 by AVX-512 and have no AMX"):
+            attention(*random_qkv(BF16, 9, 9), None, "products")
 
 
 class TestWhatAKernelIsGiven:
@@ -480,8 +508,11 @@ class TestAuto:
         gpu(HOPPER)
         assert settle(AUTO, Call(CPU, dtype, 128, 4096, 4096)) == "sdpa"
 
-    def test_it_is_sdpa_on_a_cpu(self) -> None:
-        assert settle(AUTO, Call(CPU, BF16, 128, 4096, 4096)) == "sdpa"
+    @pytest.mark.parametrize(("by", "chosen"), [(None, "sdpa"), ("amx", "sdpa"), ("avx512", "products")])
+    def test_on_a_cpu_it_depends_on_what_multiplies_bf16(self, by, chosen, monkeypatch) -> None:
+        monkeypatch.setattr(kernels, "multiplies_bf16", lambda: by)
+        assert settle(AUTO, Call(CPU, BF16, 128, 4096, 4096)) == chosen
+        assert settle(AUTO, Call(CPU, torch.float32, 128, 4096, 4096)) == "sdpa"
 
     def test_never_a_lossy_one(self) -> None:
         machines = [choice.Machine("cuda", "", c) for c in (TURING, AMPERE, RTX30, ADA, HOPPER, (10, 0), (12, 0))]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from ...devices import multiplies_bf16
 from ...errors import KernelError
 from .choice import Call, Kernel, Machine, Refusal, ragged
 
@@ -72,6 +73,41 @@ def _sdpa_by(backend: SDPBackend) -> Callable[..., Tensor]:
             return scaled_dot_product_attention(q, k, v, scale=scale)
 
     return run
+
+
+# ---- matrix products ----------------------------------------------------------------------------------------------------
+
+_SCORES = 1 << 19  # that exist at a time: they stay in a core's cache
+_QUERIES = 512
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, lengths: Lengths | None) -> Tensor:
+    """Scores are rounded to the tensors' dtype before the softmax, which SDPA's kernels avoid: the error grows with them."""
+    shape, keys = q.shape, k.shape[2]
+    scale = shape[3] ** -0.5 if scale is None else scale
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1).mT, v.flatten(0, 1)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return ((q * scale) @ k).softmax(-1).bmm(v).view(shape)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    rows = min(_QUERIES, shape[2])
+    heads = max(1, _SCORES // (rows * keys))
+    for first in range(0, len(q), heads):
+        some = slice(first, first + heads)
+        for start in range(0, shape[2], rows):
+            part = q[some, start : start + rows]
+            nothing = part.new_empty(()).expand(part.shape[0], part.shape[1], keys)  # that beta of 0 leaves unread
+            scores = torch.baddbmm(nothing, part, k[some], beta=0, alpha=scale)
+            torch.softmax(scores, -1, out=scores)
+            torch.bmm(scores, v[some], out=out[some, start : start + rows])
+    return out.view(shape)
+
+
+def _no_bfloat16(call: Call, found: Machine) -> Refusal | None:
+    """PyTorch's own CPU kernel knows AMX and float32's instructions; those that multiply bf16 without AMX it leaves unused."""
+    if multiplies_bf16() == "avx512":
+        return None
+    said = "attention kernel products is for CPUs that multiply bfloat16 by AVX-512 and have no AMX"
+    return Refusal("device", f"{said}, which this one is not; choose auto or sdpa")
 
 
 # ---- FlashAttention --------------------------------------------------------------------------------------------------
@@ -226,6 +262,7 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Kernel("sdpa", _sdpa, {torch.float32: 1e-5, torch.float64: 1e-5, **_HALF}, masks=True),
+        Kernel("products", _products, {torch.bfloat16: 1e-2}, kinds=("cpu",), further=_no_bfloat16),
         Kernel(
             "sdpa-cudnn",
             _sdpa_by(SDPBackend.CUDNN_ATTENTION),
@@ -308,6 +345,8 @@ KERNELS: dict[str, Kernel] = {
 
 def exact_order(found: Machine) -> tuple[str, ...]:
     """What `auto` tries on a machine, the fastest first: exact kernels alone, and `sdpa`, which runs everywhere, last."""
+    if found.kind == "cpu":
+        return ("products", "sdpa")
     if found.kind == "rocm":
         return ("flash2", "sdpa-flash", "sdpa")
     if found.capability is None:
