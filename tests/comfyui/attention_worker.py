@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from worker import pack
+from worker import enter, pack
 
 
 def main() -> None:
-    checkout, folder = sys.argv[1:3]
-    sys.path.insert(0, checkout)
-    sys.argv = [sys.argv[0], "--cpu", "--base-directory", folder]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    folder = enter()
     import comfy.ldm.modules.attention as native
     import comfy.model_management
     import torch
@@ -128,7 +123,7 @@ def main() -> None:
     if container := getattr(native, "AttentionTensorContainer", None):
         form("containers", joined, *map(container, flat))
     form("heads shared", exact(), q, k, v, skip_reshape=True, skip_output_reshape=True, some_new_keyword=None)
-    Path(folder, "told.json").write_text(json.dumps(told))
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

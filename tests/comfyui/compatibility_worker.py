@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from worker import pack
+from worker import enter, pack
 
 
 def main() -> None:
-    checkout, folder = sys.argv[1:3]
-    sys.path.insert(0, checkout)
-    sys.argv = [sys.argv[0], "--cpu", "--base-directory", folder]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    folder = enter()
     import comfyui_version
     import torch
 
@@ -43,7 +38,7 @@ def main() -> None:
         first, second = model.model, model.clone(disable_dynamic=True, force_deepcopy=True).model
         pairs = zip(first.diffusion_model.parameters(), second.diffusion_model.parameters(), strict=True)
         told["second copy"] = second is not first and all(torch.equal(a, b) for a, b in pairs)
-    Path(folder, "told.json").write_text(json.dumps(told))
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from worker import pack
+from worker import enter, pack
 
 
 def main() -> None:
-    checkout, folder = sys.argv[1:3]
-    sys.path.insert(0, checkout)
-    sys.argv = [sys.argv[0], "--cpu", "--base-directory", folder]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    folder = enter()
     import comfy.model_management
     import comfy.sd
     import comfy.taesd.taesd
@@ -122,7 +117,7 @@ def main() -> None:
 
             images, plan = bridge.decode(vae, NestedTensor([latent, torch.zeros(1, 8, 100)]))
             told["nested"] = {"plan": str(plan), "images": list(images.shape)}
-    Path(folder, "told.json").write_text(json.dumps(told))
+    (folder / "told.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,12 @@ import json
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+from worker import enter
+
 
 def main() -> None:
-    checkout, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.path.insert(0, str(checkout))
-    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention"]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    folder = enter("--use-pytorch-cross-attention")
     import comfy.model_management
     import comfy.sd
     import torch

@@ -73,6 +73,17 @@ class PeakMemory:
         self._thread.join()
 
 
+def enter(*flags: str) -> Path:
+    """Make this process one of the checkout's, `python SCRIPT CHECKOUT FOLDER`, on the CPU and with those flags; gives FOLDER."""
+    checkout, folder = sys.argv[1:3]
+    sys.path.insert(0, checkout)
+    sys.argv = [sys.argv[0], "--cpu", *flags, "--base-directory", folder]
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    return Path(folder)
+
+
 def pack() -> Any:
     """This repository, imported as ComfyUI imports a custom node."""
     spec = importlib.util.spec_from_file_location("accvideo_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
@@ -84,12 +95,7 @@ def pack() -> Any:
 
 
 def main() -> None:
-    checkout, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    sys.path.insert(0, str(checkout))
-    sys.argv = [sys.argv[0], "--cpu", "--use-pytorch-cross-attention", "--base-directory", str(folder)]
-    import comfy.options
-
-    comfy.options.enable_args_parsing()
+    folder = enter("--use-pytorch-cross-attention")
     import comfy.model_management
     import comfy.sd
     import comfy.utils
