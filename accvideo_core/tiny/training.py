@@ -61,8 +61,6 @@ class TrainArgs:
     """Teacher and student only: trajectories captured to learn from, of the guided base or the teacher."""
     dataset: Path | None = None
     """Student only: a SynVid dataset of this teacher's to learn from, instead of trajectories captured here."""
-    rolled: float = 0.0
-    """Student only: the share of the batch that starts from where the student itself arrives, not from the teacher's key."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 

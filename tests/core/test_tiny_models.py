@@ -19,15 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from accvideo_core.devices import pick_device
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
-from accvideo_core.sampling import euler_flow, make_noise
+from accvideo_core.sampling import make_noise
 from accvideo_core.schedule import PRESETS
 from accvideo_core.studies import compare, evaluation
-from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_folder, weights_path
+from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.prompts import read_prompt
 from accvideo_core.tiny.tasks import flow, make_task
 from accvideo_core.tiny.tasks.common import to_network
-from accvideo_core.tiny.tasks.student import StudentTask
 from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
@@ -281,31 +280,6 @@ def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, small):
         expected = task.error(network(noisy, sigma, cond).float() - task.guided(noisy, sigma, whole).float(), sigma)
     torch.testing.assert_close(loss, expected)
     assert loss > 0  # the prompt it sees leaves something open
-
-
-def test_the_student_starts_from_where_it_arrives(tmp_path, small):
-    """Of a share of the batch, its own Euler steps from the trajectory's noise; the target still leads to the teacher's key."""
-    task = StudentTask(0, torch.device("cpu"), weights_folder(), tmp_path, 3, rolled=1.0)
-    task.prepare(training.Share())
-    index, position = torch.tensor([2, 0, 1, 0]), torch.tensor([3, 0, 1, 4])
-    cond = task.text.condition([task.prompts[i] for i in index], torch.full((4,), 6.0))
-    arrived = task.arrive(index, position, cond)
-    for row, (i, at) in enumerate(zip(index, position, strict=True)):
-        own = cond.rows(slice(row, row + 1))
-        latent = task.keys[i, :1].float()
-        with torch.no_grad():
-            steps = (lambda x, sigma, own=own: task.network(x, sigma, own), latent, task.sigmas[: at + 1])
-            due = euler_flow(*steps) if at else latent
-        torch.testing.assert_close(arrived[row : row + 1], due, rtol=1e-4, atol=1e-4)
-    seen = []
-    task.error = lambda difference: seen.append(difference) or difference.square().mean()
-    rolled = task.loss(0, 5, slice(0, 5))
-    task.rolled = 0.0
-    forced = task.loss(0, 5, slice(0, 5))
-    first = [i for i in range(5) if torch.equal(seen[0][i], seen[1][i])]
-    assert len(first) == 1 and rolled != forced  # the segment that begins with noise, one in five
-    with pytest.raises(InvalidValueError, match="rolled is 1.5"):
-        StudentTask(0, torch.device("cpu"), weights_folder(), tmp_path, 3, rolled=1.5)
 
 
 def test_the_decoder_learns_from_what_the_teacher_denoised(as_base):

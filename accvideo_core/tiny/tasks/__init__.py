@@ -31,4 +31,4 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset, args.rolled)
+    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset)

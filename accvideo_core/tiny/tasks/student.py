@@ -1,4 +1,4 @@
-"""The student: the teacher's trajectories, and the loss of Eq. 6 on their key points and, by choice, on the student's own."""
+"""The student: the teacher's trajectories, and the loss of Eq. 6 on their key points."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from ...checkpoint.students import student_metadata
 from ...distill import segment_velocity
 from ...distill.adapters import adapter_for
 from ...distill.source import check_schedule
-from ...dit import Conditioning
-from ...errors import InvalidValueError
 from ...schedule import key_indices, key_sigmas
 from ...synvid import SynVidDataset
 from ..clips import keyed_generator
@@ -27,26 +25,15 @@ from .trajectories import Capture
 
 class StudentTask:
     """The trajectory loss alone, half of it as the shape filters see it: from key point k+1 of a teacher's trajectory, the
-    velocity of the segment to key k. Of a share `rolled` of the batch the student starts from where it arrives by its own steps
-    from the trajectory's noise, so that it learns to make good what it has missed; Eq. 6 is with none."""
+    velocity of the segment to key k."""
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
     def __init__(
-        self,
-        seed: int,
-        device: torch.device,
-        weights: Path,
-        run: Path,
-        count: int,
-        dataset: Path | None = None,
-        rolled: float = 0.0,
+        self, seed: int, device: torch.device, weights: Path, run: Path, count: int, dataset: Path | None = None
     ) -> None:
         from .. import load_tiny, part_hash
 
-        if not 0 <= rolled <= 1:
-            raise InvalidValueError(f"rolled is {rolled}; it is a share of the batch, from 0 to 1")
-        self.rolled = rolled
         self.seed, self.device, self.count = seed, device, count
         self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "teacher")}
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
@@ -88,21 +75,8 @@ class StudentTask:
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         with torch.no_grad():
             cond = self.text.condition([self.prompts[int(i)] for i in index], guidance)
-        own = torch.rand(batch, generator=generator)[rows] < self.rolled
-        noisier[own] = self.arrive(index[own], position[own], cond.rows(own))
         target = segment_velocity(noisier, cleaner, sigma, sigma_next)
         return self.error(self.network(noisier, sigma, cond).float() - target).mean()
-
-    @torch.no_grad()
-    def arrive(self, index: Tensor, position: Tensor, cond: Conditioning) -> Tensor:
-        """Where the student's own steps lead from the noise of trajectories to keys: (B, 16, 5, 8, 8)."""
-        latent = self.keys[index, 0].float().to(self.device)
-        for at in range(int(position.max()) if len(position) else 0):
-            going = position > at
-            sigma = self.sigmas[at].expand(int(going.sum()))
-            velocity = self.network(latent[going], sigma, cond.rows(going)).float()
-            latent[going] += velocity * (self.sigmas[at + 1] - self.sigmas[at])
-        return latent
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
