@@ -106,7 +106,10 @@ def as_markdown(results: Sequence[Mapping[str, Any]], estimates: Mapping[str, Se
 def _cell(estimate: Estimate, measure: Measure) -> str:
     if math.isnan(estimate.value):
         return "-"
-    return f"{estimate.value:{measure.form}} ({estimate.low:{measure.form}} to {estimate.high:{measure.form}})"
+    low, high = estimate.low, estimate.high
+    if measure.form.endswith("%"):  # Student's interval knows nothing of a share's ends
+        low, high = max(low, 0.0), min(high, 1.0)
+    return f"{estimate.value:{measure.form}} ({low:{measure.form}} to {high:{measure.form}})"
 
 
 def draw(path: Path, results: Sequence[Mapping[str, Any]], estimates: Mapping[str, Sequence[Estimate]]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from accvideo_core.distill.adapters import adapter_for
 from accvideo_core.errors import CheckpointError, InvalidValueError
 from accvideo_core.sampling import euler_flow
-from accvideo_core.studies import ablate, ablation_report, arms
+from accvideo_core.studies import ablate, ablation_report, arms, metrics
 from accvideo_core.tiny import load_vae, oracle, weights_path
 from accvideo_core.tiny.pipeline import PRESET
 from accvideo_core.tiny.prompts import read_prompt
@@ -193,3 +193,5 @@ def test_estimates_are_over_seeds_or_over_prompts() -> None:
     assert all((e.value, e.low, e.high) == (0.5, -0.5, 1.5) for e in found["teacher-5"])
     assert all(e.value == 2 and e.high == pytest.approx(2 + 4.303 / 3**0.5) for e in found["full"])
     assert list(found) == ["teacher-5", "full"] and len(found["full"]) == len(ablation_report.MEASURES)
+    share = ablation_report.MEASURES[0]
+    assert ablation_report._cell(metrics.Estimate(0.028, -0.322, 0.377), share) == "2.8% (0.0% to 37.7%)"
