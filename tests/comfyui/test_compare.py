@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def test_the_videos_are_what_was_sampled_and_carry_the_workflow(server: Server) 
     prompt = compare_prompt(31)
     result = server.run(prompt)
     said = result.texts["9"]
-    assert said[0].startswith("teacher, 50 steps, ") and said[1].startswith("student, 5 steps, ") and said[1].endswith(" faster")
+    assert re.fullmatch(r"teacher, 50 steps, [\d.]+ s", said[0])
+    assert re.fullmatch(r"student, 5 steps, [\d.]+ s, [\d.]+ times (faster|slower)", said[1])  # which, is the machine's to say
     files = {it["role"]: it for it in history(server, result.prompt_id)["9"]["accvideo_compare"]}
     assert [files[role]["label"] for role in ("first", "second")] == said
     videos = {file.filename: read_mp4(server.path(file)) for file in result.files if file.filename.endswith(".mp4")}
