@@ -26,7 +26,7 @@ from ..files import atomic_path, check_writable
 from .muon import Muon
 from .share import Share
 
-Part = Literal["vae", "base", "guided", "teacher", "decoder", "student", "rolled"]
+Part = Literal["vae", "base", "guided", "teacher", "student", "rolled", "decoder"]
 PARTS: tuple[Part, ...] = get_args(Part)  # in the order they are made
 
 
@@ -38,8 +38,8 @@ class TrainArgs:
 
     part: tyro.conf.Positional[Part]
     """What to train, each from those before it: the VAE; base, by flow matching; guided, the base with its guidance distilled in;
-    the teacher, which is that with what a prompt leaves open completed; decoder, the VAE's trained on through the teacher; the
-    student; rolled, the student trained on from where it arrives itself."""
+    the teacher, which is that with what a prompt leaves open completed; the student; rolled, the student trained on from where it
+    arrives itself; decoder, the VAE's trained on through teacher and student."""
     steps: int | None = None
     """Optimizer steps in all; default: the part's own. The model card names what made the bundled weights."""
     batch: int | None = None

@@ -94,8 +94,8 @@ class TinyVAE(nn.Module):
         self.register_buffer("mean", torch.zeros(CHANNELS))  # of the filtered frames, channel by channel
         self.register_buffer("std", torch.ones(CHANNELS))
         self.dec_in = nn.Conv2d(CHANNELS, inner, 3, padding=1)
-        self.dec_mid = nn.ModuleList(Residual(inner) for _ in range(3))
-        self.dec_time = nn.ModuleList(CausalTime(inner) for _ in range(3))
+        self.dec_mid = nn.ModuleList(Residual(inner) for _ in range(5))
+        self.dec_time = nn.ModuleList(CausalTime(inner) for _ in range(5))
         self.dec_up = nn.Conv2d(inner, 4 * width, 1)
         self.dec_res = nn.ModuleList(Residual(width) for _ in range(2))
         self.dec_fine = nn.Conv2d(width, 4 * 24, 1)

@@ -334,17 +334,36 @@ def test_rolled_points_are_of_the_last_rounds_alone(as_base, tmp_path, small):
     assert [path.name for path in sorted(tmp_path.iterdir())] == [f"trajectories-{n:06d}.safetensors" for n in (2, 4)]
 
 
-def test_the_decoder_learns_from_what_the_teacher_denoised(as_base):
+def test_the_decoder_learns_from_what_teacher_and_student_denoised(as_base):
+    """Every third latent is a clip's own with a little noise, one the teacher's from up to sigma 0.75, one the student's from one
+    of its last two keys; all are held to the clip."""
+    shutil.copy(weights_path("student"), as_base)
     task = DecoderTask(0, torch.device("cpu"), as_base)
     clean, noise = make_noise((2, 16, 5, 8, 8), [0, 1]), make_noise((2, 16, 5, 8, 8), [2, 3])
-    sigma = torch.tensor([0.2, 0.7])
+    evenly, keys = task.ways(torch.tensor([0.4, 0.8]), torch.tensor([0, 1]))
+    torch.testing.assert_close(evenly, torch.tensor([[0.3, 0.225, 0.15, 0.075, 0], [0.6, 0.45, 0.3, 0.15, 0]]))
+    torch.testing.assert_close(keys, torch.tensor([[14 / 17, 7 / 11, 0], [7 / 11, 7 / 11, 0]]))
     seen = []
-    task.teacher = lambda latent, now, cond: seen.append((latent, now)) or noise - clean
-    torch.testing.assert_close(task.denoise(clean, noise, sigma, ["a shape", ""]), clean, atol=1e-5, rtol=0)
-    for i, (latent, now) in enumerate(seen):
-        torch.testing.assert_close(now, sigma * (1 - i / task.denoise_steps))
-        torch.testing.assert_close(latent, torch.lerp(clean, noise, now.view(-1, 1, 1, 1, 1)), atol=1e-5, rtol=0)
-    assert len(seen) == task.denoise_steps
+
+    def straight(latent, now, cond):
+        seen.append((latent, now))
+        return noise - clean
+
+    for sigmas in (evenly, keys):
+        seen.clear()
+        torch.testing.assert_close(task.denoise(straight, clean, noise, sigmas, ["a shape", ""]), clean, atol=1e-5, rtol=0)
+        assert len(seen) == sigmas.shape[1] - 1
+        for (latent, now), sigma in zip(seen, sigmas.T, strict=False):
+            torch.testing.assert_close(now, sigma)
+            torch.testing.assert_close(latent, torch.lerp(clean, noise, now.view(-1, 1, 1, 1, 1)), atol=1e-5, rtol=0)
+    held = []
+    task.error = lambda latent, frames, weight: held.append((latent, frames)) or latent.mean()
+    task.denoise = lambda network, clean, noise, sigmas, prompts: torch.full_like(clean, 7.0 if network is task.student else 8.0)
+    task.loss(0, 6, slice(1, 6))
+    ((latent, frames),) = held
+    own = task.encode(frames)
+    assert [float(x.mean()) for x in latent[[0, 1, 3, 4]]] == [8.0, 7.0, 8.0, 7.0]
+    assert 0 < (latent[2] - own[2]).std() < task.noise
 
 
 @pytest.fixture

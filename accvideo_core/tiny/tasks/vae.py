@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
 
+from ...dit import HunyuanVideoDiT
 from ..clips import Scenes, contrast, coverage, keyed_generator, paint, sample_scenes
-from ..prompts import write_prompt
+from ..prompts import open_some, write_prompt
 from ..share import Share
 from ..training import Defaults
 from ..vae import LATENT_SCALE, TinyVAE, to_pixels
 from .common import (
     GUIDANCES,
     LATENT_SHAPE,
+    PRESET,
     hidden_matrices,
     save_weights,
     to_network,
@@ -85,18 +87,20 @@ class VAETask:
 
 
 class DecoderTask(VAETask):
-    """The decoder once more, on what it will be given: a clip's latent with noise that the teacher took out again, so that it
-    learns to mend what the teacher leaves. Half the noisy latents are as in `VAETask`."""
+    """The decoder once more, on what it will be given: a clip's latent with noise that a network took out again, so that it
+    learns to mend what the network leaves. Of three latents one is as in `VAETask`, one is the teacher's, one the student's."""
 
-    defaults = Defaults(steps=2000, batch=8, lr=1e-3, warmup=50, ema=0.998)
-    sigma_max, denoise_steps = 0.75, 4  # up to there the noise leaves little doubt about the clip
+    defaults = Defaults(steps=6000, batch=12, lr=1e-3, warmup=50, ema=0.998)
+    sigma_max, denoise_steps = 0.75, 4  # the teacher's; up to there the noise leaves little doubt about the clip
+    student_keys = 2  # the student begins at one of its last keys
 
     def __init__(self, seed: int, device: torch.device, weights: Path) -> None:
         from .. import load_tiny, part_hash
 
         super().__init__(seed, device)
-        self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "teacher")}
+        self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "teacher", "student")}
         self.teacher, self.text, trained = load_tiny("teacher", device=device, folder=weights)
+        self.student = load_tiny("student", device=device, folder=weights)[0]
         self.vae.load_state_dict(trained.state_dict())
 
     def prepare(self, share: Share) -> None:
@@ -104,22 +108,36 @@ class DecoderTask(VAETask):
 
     def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         scenes, generator = self.scenes("decoder", step, batch)
-        prompts = [write_prompt(scenes.names(i), generator) for i in range(batch)]
-        strength = torch.rand(batch, 1, 1, 1, 1, generator=generator)
+        named = [open_some(scenes.names(i), generator) for i in range(batch)]
+        said = [write_prompt(some, generator) if some else "" for some in named]
+        strength, start = torch.rand(batch, generator=generator), torch.randint(self.student_keys, (batch,), generator=generator)
         noise = torch.randn(batch, *LATENT_SHAPE, generator=generator)
-        plain = (torch.arange(batch) % 2 == 0).view(-1, 1, 1, 1, 1)
-        strength, noise, plain = (x[rows].to(self.device) for x in (strength, noise, plain))
+        kind = (torch.arange(batch) % 3)[rows]
         frames, weight = self.paint(scenes.rows(rows))
+        strength, start, noise, prompts = strength[rows].to(self.device), start[rows], noise[rows].to(self.device), said[rows]
         latent = self.encode(frames)
-        mended = self.denoise(latent, noise, self.sigma_max * strength.flatten(), prompts[rows])
-        return self.error(torch.where(plain, latent + self.noise * strength * noise, mended), frames, weight)
+        way = self.ways(strength, start)
+        for number, network in ((1, self.teacher), (2, self.student)):
+            mine = kind == number
+            told = [prompt for prompt, own in zip(prompts, mine.tolist(), strict=True) if own]
+            if told:
+                latent[mine] = self.denoise(network, latent[mine], noise[mine], way[number - 1][mine], told)
+        latent[kind == 0] += (self.noise * strength.view(-1, 1, 1, 1, 1) * noise)[kind == 0]
+        return self.error(latent, frames, weight)
+
+    def ways(self, strength: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Sigmas (B, steps + 1) of the teacher, from `sigma_max * strength` down evenly, and of the student, from its `start`-th
+        key before the clean one; a student that begins later waits there."""
+        evenly = torch.linspace(1, 0, self.denoise_steps + 1, device=self.device)
+        keys = PRESET.sigmas()[-self.student_keys - 1 :].to(self.device)
+        places = torch.maximum(torch.arange(len(keys))[None], start[:, None])
+        return self.sigma_max * strength[:, None] * evenly, keys[places.to(self.device)]
 
     @torch.no_grad()
-    def denoise(self, clean: Tensor, noise: Tensor, sigma: Tensor, prompts: Sequence[str]) -> Tensor:
-        """The teacher's way from sigma to 0 in a few steps."""
+    def denoise(self, network: HunyuanVideoDiT, clean: Tensor, noise: Tensor, sigmas: Tensor, prompts: Sequence[str]) -> Tensor:
+        """A network's way from the first to the last sigma (B, steps + 1)."""
         cond = self.text.condition(prompts, torch.full((len(prompts),), GUIDANCES[0]))
-        latent = torch.lerp(clean, noise, sigma.view(-1, 1, 1, 1, 1))
-        for i in range(self.denoise_steps):
-            now = sigma * (1 - i / self.denoise_steps)
-            latent = latent - (sigma / self.denoise_steps).view(-1, 1, 1, 1, 1) * self.teacher(latent, now, cond).float()
+        latent = torch.lerp(clean, noise, sigmas[:, 0].view(-1, 1, 1, 1, 1))
+        for now, after in zip(sigmas.T, sigmas.T[1:], strict=False):
+            latent = latent + (after - now).view(-1, 1, 1, 1, 1) * network(latent, now, cond).float()
         return latent
