@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from accvideo_core.distill.adapters import HunyuanAdapter
 from accvideo_core.distill.config import TrainConfig
 from accvideo_core.distill.parallel import World
-from accvideo_core.distill.source import Course
 from accvideo_core.distill.trainer import Trainer
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.synvid import Batch
@@ -21,7 +20,6 @@ from tests.synvid_data import SHAPE
 MINUTE = DiTConfig(16, 1, 1, 2, text_dim=8, pooled_dim=6, in_channels=4, out_channels=4, rope_dims=(4, 6, 6), refiner_depth=1)
 EXPORTABLE = DiTConfig(128, 1, 1, 1, text_dim=8, pooled_dim=6, in_channels=4, out_channels=4, mlp_ratio=1.0, refiner_depth=1)
 SIGMAS = (0.0, 0.6, 1.0)
-COURSE = Course((1.0, 0.8, 0.6, 0.3, 0.0), (0, 2, 4))
 QUICK: dict[str, Any] = dict(
     batch=4, iterations=3, lr=1e-3, head_lr=1e-3, warmup=0, head_channels=8, head_depth=1, precision="float32"
 )
@@ -65,13 +63,8 @@ class MadeUp:
 
 def trainer(config: DiTConfig = MINUTE, teacher: nn.Module | None = None, source: Any = None, **chosen: Any) -> Trainer:
     """One process on the CPU; `chosen` are fields of TrainConfig, or Trainer's own arguments."""
-    own = {
-        name: chosen.pop(name)
-        for name in ("folder", "held_out", "observers", "show", "adapter", "student", "course")
-        if name in chosen
-    }
+    own = {name: chosen.pop(name) for name in ("folder", "held_out", "observers", "show", "adapter", "student") if name in chosen}
     adapter, student = own.pop("adapter", HunyuanAdapter("tiny")), own.pop("student", None) or network(config)
-    own.setdefault("course", COURSE)
     settings = TrainConfig(**QUICK | chosen)
     world = World(device=torch.device("cpu"))
     return Trainer(settings, adapter, student, teacher or network(config), source or MadeUp(), world, **own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import InvalidValueError
@@ -30,10 +30,7 @@ class TrainConfig:
     trajectory_weight: float = 1.0
     """Weight of the trajectory loss; 0 leaves it out."""
     adversarial_weight: float = 0.1
-    """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with the heads."""
-    correction_weight: float = 0.0
-    """Weight of Eq. 6 where the student itself arrives, towards where the teacher goes from there; 0, as in the paper, leaves it
-    out. It costs the teacher's steps of every segment anew, and teaches the student to go on from its own errors."""
+    """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with teacher and heads."""
     target: Literal["velocity", "x0"] = "velocity"
     """What the trajectory loss regresses: the segment's velocity (Eq. 6), or the trajectory's clean end."""
     gan_loss: Gan = "softplus"
@@ -115,8 +112,8 @@ class TrainConfig:
         for name in ("ema", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 return f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
-        if self.trajectory_weight == self.adversarial_weight == self.correction_weight == 0:
-            return "trajectory_weight, adversarial_weight and correction_weight are all 0, so there is nothing to learn; set one"
+        if self.trajectory_weight == self.adversarial_weight == 0:
+            return "trajectory_weight and adversarial_weight are both 0, so there is nothing to learn; set one of them"
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 return f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}"
@@ -137,7 +134,6 @@ _LEAST = {
     "micro_batch": 1,
     "trajectory_weight": 0,
     "adversarial_weight": 0,
-    "correction_weight": 0,
     "r1_weight": 0,
     "queue_length": 1,
     "warmup": 0,
@@ -159,11 +155,6 @@ assert tuple(GAN_LOSSES) == get_args(Gan)
 _HOW = frozenset(("iterations", "lr", "head_lr", "r1_weight", "micro_batch", "precision", "checkpointing", "compile"))
 _KEPT = frozenset(("keep_queues", "export_dtype", "validate_every", "best", "save_every", "keep", "patience"))
 FREE = _HOW | _KEPT
-
-
-def settings_of(told: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that was written down, those fields at their defaults which its version did not have yet."""
-    return asdict(TrainConfig()) | told
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

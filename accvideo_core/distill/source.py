@@ -6,10 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
-
-from torch import Tensor
 
 from ..errors import SynVidError
 from ..schedule import get_preset, key_sigmas
@@ -34,39 +31,6 @@ class Source(Protocol):
 
     def state(self) -> dict[str, Any]:
         """What tells this data from other data, as JSON: a run goes on only with the data it began with."""
-
-
-@dataclass(frozen=True)
-class Course:
-    """How a teacher samples.
-
-    sigmas    its own, falling from 1 to 0
-    keys      positions in them of key m .. 0
-    cfg       classifier-free guidance, 1 for none
-    negative  encoding of its negative prompt, None without one
-    """
-
-    sigmas: tuple[float, ...]
-    keys: tuple[int, ...]
-    cfg: float = 1.0
-    negative: tuple[Tensor, Tensor | None] | None = None
-
-    @classmethod
-    def of(cls, dataset: SynVidDataset) -> Course:
-        """The one that a dataset's trajectories took. SynVidError if it had a negative prompt whose encoding is not stored."""
-        header = dataset.header
-        if header.cfg != 1 and header.negative_text is None:
-            raise SynVidError(
-                f"the dataset's teacher was guided by cfg {header.cfg:g}, but the encoding of its negative prompt is not stored; "
-                "capture it by accvideo capture, which stores it, or set correction_weight to 0"
-            )
-        negative = dataset.reader.text(header.negative_text) if header.cfg != 1 and header.negative_text else None
-        return cls(header.sigmas, header.keys, header.cfg, negative)
-
-    def segment(self, key: int) -> tuple[float, ...]:
-        """The sigmas from key + 1 to key."""
-        start, end = self.keys[-key - 2], self.keys[-key - 1]
-        return self.sigmas[start : end + 1]
 
 
 class SynVidSource:

@@ -22,12 +22,10 @@ from ..checkpoint.students import student_metadata
 from ..devices import autocast_dtype, synchronize
 from ..errors import InvalidValueError, TrainingError
 from ..files import atomic_path
-from ..sampling import Velocity, euler_flow
 from ..synvid import Batch
-from ..synvid.capture import pad_texts, with_cfg
 from . import state
 from .adapters import Adapter
-from .config import TrainConfig, differences, settings_of
+from .config import TrainConfig, differences
 from .discriminator import Discriminator
 from .health import Health, check_finite
 from .lora_student import add_lora, export_lora, share_base
@@ -35,7 +33,7 @@ from .losses import GAN_LOSSES, approximate_r1, euler_step, trajectory_loss, x0_
 from .memory import explained
 from .parallel import Ema, World
 from .rollout import Entry, Queues, keyed_noise
-from .source import Course, Source
+from .source import Source
 from .validation import parts, validate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -49,14 +47,12 @@ class Trainer:
     """One run. In a sharded world every process makes one, with the same weights.
 
     student    what is trained: the teacher's weights, or those to go on from; a LoRA student is made of it here
-    teacher    frozen, a network of its own whose features the heads see and which corrects the student; None where
-               adversarial_weight and correction_weight are 0
+    teacher    frozen, a network of its own whose features the heads see; None where adversarial_weight is 0
     source     training data, this process's rows of every draw; config.batch is that of all processes
     folder     for config.json, checkpoints and exported students; None keeps nothing. A run found there goes on
     held_out   a source whose draw 0 is validated on, if any
     observers  see the scalars of every iteration, `show` what the student makes of held-out noise
     metadata   to be told in exported files, besides configuration and iteration
-    course     how the teacher samples, which correction_weight wants
     """
 
     def __init__(
@@ -72,10 +68,8 @@ class Trainer:
         observers: Sequence[Observer] = (),
         show: Show | None = None,
         metadata: Mapping[str, str] | None = None,
-        course: Course | None = None,
     ) -> None:
         self.config, self.adapter, self.source, self.held_out, self.folder = config, adapter, source, held_out, folder
-        self.course = course
         self.world = world = world or World.start()
         self.observers, self.show, self.metadata = observers, show, metadata or {}
         self.rows = world.rows(config.batch)
@@ -102,16 +96,12 @@ class Trainer:
         self.ema = Ema(self.student, config.ema)
         self.queues = Queues(self.segments, config.queue_length)
         self.teacher: nn.Module | None = None
-        if config.correction_weight and course is None:
-            raise InvalidValueError("correction_weight needs the course of the teacher's own sampling; give one, or set it to 0")
-        if config.adversarial_weight or config.correction_weight:
+        if config.adversarial_weight:
             if teacher is None or teacher is student:
                 raise InvalidValueError(
-                    "the adversarial loss and the correction need a teacher of its own beside the student; load its weights twice"
+                    "the adversarial loss needs a teacher of its own beside the student; load its weights twice"
                 )
-            if config.adversarial_weight:
-                self._add_heads(teacher)
-            self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
+            self._add_heads(teacher)
 
     def _prepared(self, network: nn.Module, master: torch.dtype | None) -> nn.Module:
         """Checkpointing, compilation, sharding, in this order, block by block."""
@@ -132,6 +122,7 @@ class Trainer:
         heads = Discriminator(
             self.adapter.width(teacher), self.segments, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed
         )
+        self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
         self.heads = self.world.shard(heads, [f"heads.{i}" for i in range(len(heads.heads))])
         self.head_optimizer = self._optimizer(list(self.heads.parameters()), c.head_lr, 0.0)
 
@@ -153,13 +144,13 @@ class Trainer:
             batch = self.source.batch(draw, key).to(self.world.device)
             if self.config.trajectory_weight:
                 self.update_by_trajectory(iteration, draw, key, batch)
-            if self.teacher is not None:
+            if self.config.adversarial_weight:
                 if key == self.segments - 1:
                     noise = keyed_noise(batch.clean, self.config.seed, "noise", draw, self.rows.start)
                     self.queues.push(self.segments, Entry(draw, noise))
                 entry = self.queues.pop(key + 1)
                 if entry is not None:
-                    self.queues.push(key, self.update_by_rollout(iteration, key, entry))
+                    self.queues.push(key, self.update_by_heads(iteration, key, entry))
         self.ema.update(self.student)
 
     def update_by_trajectory(self, iteration: int, draw: int, key: int, batch: Batch) -> None:
@@ -175,61 +166,17 @@ class Trainer:
             self._see(f"trajectory/key_{key}", loss, share)
         self._step(self.optimizer, self.trained, "trajectory", iteration, key)
 
-    def update_by_rollout(self, iteration: int, key: int, entry: Entry) -> Entry:
-        """What the student makes of a queue's entry is corrected by the teacher and judged by the heads, as far as the
-        configuration has them. Returns the student's latents at `key`."""
-        real = self.source.batch(entry.draw, key).to(self.world.device)
-        told = self.adapter.conditioning(real, self.source.guidance)
-        made = self.update_by_teacher(iteration, key, entry.latent, told) if self.config.correction_weight else None
-        if self.config.adversarial_weight:
-            made = self.update_by_heads(iteration, key, entry.latent, real.clean, told)
-        assert made is not None
-        return Entry(entry.draw, made)
+    def update_by_heads(self, iteration: int, key: int, entry: Entry) -> Entry:
+        """One step of the student on what it makes of a queue's entry, and one of the key's head (Eqs. 7 and 8).
 
-    def update_by_teacher(self, iteration: int, key: int, latent: Tensor, told: Any) -> Tensor:
-        """One step of the student on Eq. 6 from its own latents at key + 1 to where the teacher goes from them (DAgger, Ross et
-        al., arXiv 1011.0686). Returns the student's latents at `key`, as they were before the step."""
-        made = []
-        for at, share in self._micro_batches():
-            noisy, text = latent[at], told.rows(at)
-            high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
-            v = self.velocity(noisy, high, text)
-            loss = trajectory_loss(v, noisy, self.teachers_way(noisy, key, text), high, low)
-            (self.config.correction_weight * share * loss).backward()
-            self._see(f"correction/key_{key}", loss, share)
-            made.append(euler_step(noisy, v.detach(), high, low))
-        self._step(self.optimizer, self.trained, "correction", iteration, key)
-        return torch.cat(made)
-
-    @torch.no_grad()
-    def teachers_way(self, latent: Tensor, key: int, conditioning: Any) -> Tensor:
-        """Where the teacher's own steps of a segment lead from latents (B, C, T, H, W) at key + 1."""
-        teacher, course = self.teacher, self.course
-        assert teacher is not None and course is not None
-
-        def velocity_for(told: Any) -> Velocity:
-            def velocity(latent: Tensor, sigma: Tensor) -> Tensor:
-                with self.world.precision(self.compute):
-                    return self.adapter.velocity(teacher, latent, sigma, told).float()
-
-            return velocity
-
-        velocity, negative = velocity_for(conditioning), course.negative
-        if negative is not None:
-            texts = pad_texts([negative] * len(latent))
-            unguided = velocity_for(self.adapter.conditioning(texts, self.source.guidance).to(latent.device))
-            velocity = with_cfg(velocity, unguided, course.cfg)
-        return euler_flow(velocity, latent, torch.tensor(course.segment(key)))
-
-    def update_by_heads(self, iteration: int, key: int, latent: Tensor, real: Tensor, told: Any) -> Tensor:
-        """One step of the student on what it makes of its own latents at key + 1, and one of the key's head (Eqs. 7 and 8).
-
-        The latents have no gradient: the student answers for this one Euler step alone. Head and student see the same latents,
+        The entry has no gradient: the student answers for this one Euler step alone. Head and student see the same latents,
         so their gradients are computed together; the student's step is taken first. Returns the student's latents at `key`.
         """
+        real = self.source.batch(entry.draw, key).to(self.world.device)
+        told = self.adapter.conditioning(real, self.source.guidance)
         gan, weight, made = GAN_LOSSES[self.config.gan_loss], self.config.adversarial_weight, []
         for at, share in self._micro_batches():
-            noisy, text = latent[at], told.rows(at)
+            noisy, text = entry.latent[at], told.rows(at)
             high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
             fake = euler_step(noisy, self.velocity(noisy, high, text), high, low)
             fake_features = self.features(fake, key, text)
@@ -239,10 +186,10 @@ class Trainer:
             self.heads.requires_grad_(True)
             self._see(f"adversarial/student/key_{key}", loss, share)
             made.append(fake.detach())
-            self._backward_head(iteration, key, real[at], fake_features.detach(), text, at, share)
+            self._backward_head(iteration, key, real.clean[at], fake_features.detach(), text, at, share)
         self._step(self.optimizer, self.trained, "adversarial", iteration, key)
         self._step(self.head_optimizer, list(self.heads.parameters()), "heads", iteration, key)
-        return torch.cat(made)
+        return Entry(entry.draw, torch.cat(made))
 
     def _backward_head(
         self, iteration: int, key: int, real: Tensor, fake_features: Tensor, text: Any, at: slice, share: float
@@ -302,7 +249,7 @@ class Trainer:
     def _set_learning_rates(self, iteration: int) -> None:
         share = self.config.learning_rate_share(iteration)
         self.optimizer.param_groups[0]["lr"] = share * self.config.lr
-        if self.config.adversarial_weight:
+        if self.teacher is not None:
             self.head_optimizer.param_groups[0]["lr"] = share * self.config.head_lr
 
     # ---- the run around it ------------------------------------------------------------------------------------------------
@@ -374,7 +321,7 @@ class Trainer:
             "ema": self.ema,
             "optimizer": state.OptimizerState(self.student, self.optimizer),
         }
-        if self.config.adversarial_weight:
+        if self.teacher is not None:
             kept |= {"heads": self.heads, "head_optimizer": state.OptimizerState(self.heads, self.head_optimizer)}
         return kept
 
@@ -396,7 +343,6 @@ class Trainer:
         if path.exists():
             try:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
-                earlier["config"] = settings_of(earlier["config"])
                 changed = [text for part in told for text in differences(earlier[part], told[part])]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TrainingError(f"{str(path)!r} cannot be read ({error}); restore it, or choose another folder") from error

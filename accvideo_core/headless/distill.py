@@ -22,7 +22,7 @@ from ..distill.config import TrainConfig
 from ..distill.memory import explained
 from ..distill.parallel import World
 from ..distill.report import Console, TensorBoard
-from ..distill.source import Course, SynVidSource, check_schedule, split
+from ..distill.source import SynVidSource, check_schedule, split
 from ..distill.state import newest as newest_checkpoint
 from ..distill.state import step_of
 from ..distill.trainer import Observer, Show, Trainer
@@ -152,14 +152,13 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         adapter.check_header(header, teacher, adapter.fingerprint(teacher))
         adapter.check_text(teacher, *training.reader.text(training.samples[0].text))
         student = adapter.load(args.student or path, dtype=dtype)
-        course = Course.of(training) if config.correction_weight else None
         source = SynVidSource(training, config.batch, config.seed, world.data_rank, world.data_size)
         held_out = None
         if aside is not None:
             held_out = SynVidSource(aside, args.held_out, config.seed, world.data_rank, world.data_size)
         observers, show = _reporting(args, family, out, held_out, world)
         told = {"family": family, "dataset": training.digest, "teacher": header.fingerprint}
-        return Trainer(config, adapter, student, teacher, source, world, out, held_out, observers, show, told, course)
+        return Trainer(config, adapter, student, teacher, source, world, out, held_out, observers, show, told)
 
 
 def _reporting(

@@ -97,12 +97,9 @@ def test_the_tiny_student_learns_from_a_dataset_too(tiny_captured: Path, tmp_pat
     assert (told["dataset"], told["trajectories"]) == (data.digest, "4") and find_student("", told) == Student(5)
     task = StudentTask(0, torch.device("cpu"), weights, tmp_path / "unused", 1, tiny_captured)
     task.prepare(Share())
-    assert task.starts.shape == task.ends.shape == (4, 5, 16, 5, 8, 8) and task.prompts == [
-        sample.prompt for sample in data.samples
-    ]
-    for key in range(5):
-        for points, known in ((task.starts, key + 1), (task.ends, key)):
-            assert torch.equal(points[2, 4 - key].float(), data.trajectory(2)[known].half().float())
+    assert task.keys.shape == (4, 6, 16, 5, 8, 8) and task.prompts == [sample.prompt for sample in data.samples]
+    for key in range(6):
+        assert torch.equal(task.keys[2, 5 - key].float(), data.trajectory(2)[key].half().float())
     state = load_file(weights / "teacher.safetensors")
     state["img_in.proj.bias"] = state["img_in.proj.bias"] + 1
     save_file(state, weights / "teacher.safetensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from accvideo_core.distill.adapters import Adapter
 from accvideo_core.distill.rollout import Entry, Queues, keyed_noise
-from accvideo_core.distill.source import Course
 from accvideo_core.errors import InvalidValueError
 from tests.distill_data import MadeUp, trainer
 
@@ -29,15 +27,9 @@ class Line(nn.Module):
 
 
 class Rows:
-    """What a `Line` is told: whether by the negative prompt, which alone has a single token."""
-
-    def __init__(self, negative: bool) -> None:
-        self.negative = negative
+    """What a `Line` is told: nothing."""
 
     def rows(self, index: Any) -> Rows:
-        return self
-
-    def to(self, device: Any) -> Rows:
         return self
 
 
@@ -50,9 +42,8 @@ class Recording(Adapter):
 
     def velocity(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         assert isinstance(network, Line)
-        who = "student" if network.number.requires_grad else "against" if conditioning.negative else "teacher"
-        self.log.append((who, round(float(sigma[0]), 2), latent, float(network.number.detach())))
-        return (-network.number if conditioning.negative else network.number) * latent
+        self.log.append(("student", round(float(sigma[0]), 2), latent, float(network.number.detach())))
+        return network.number * latent
 
     def features(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any, block: str) -> Tensor:
         seen = "fake" if latent.requires_grad else "real"
@@ -73,7 +64,7 @@ class Recording(Adapter):
         return 1, 1, 1
 
     def conditioning(self, texts: Any, guidance: float | None) -> Rows:
-        return Rows(texts.text.shape[1] == 1)
+        return Rows()
 
     def embeds_guidance(self, network: nn.Module) -> bool:
         return False
@@ -115,47 +106,6 @@ def test_one_weight_of_zero_leaves_its_half_out() -> None:
     run = trainer(student=Line(0.3), adapter=Recording(), source=MadeUp(sigmas=SIGMAS), adversarial_weight=0.0)
     run.iteration(0)
     assert run.teacher is None and [what for what, *_ in run.adapter.log] == ["student"] * 3
-
-
-COURSE = Course((1.0, 0.9, 0.8, 0.7, 0.5, 0.2, 0.0), (0, 2, 4, 6))
-
-
-def test_the_correction_follows_the_teacher_from_where_the_student_is_and_comes_before_the_heads() -> None:
-    _, log = recorded(1, correction_weight=1.0, course=COURSE)
-    expected: list[tuple[str, float]] = []
-    for high, between, low in ((1.0, 0.9, 0.8), (0.8, 0.7, 0.5), (0.5, 0.2, 0.0)):
-        expected += [("student", high), ("student step", 0.0)]  # the trajectory loss
-        expected += [("student", high), ("teacher", high), ("teacher", between), ("student step", 0.0)]  # the correction
-        expected += [("student", high), ("fake", low), ("real", low), ("student step", 0.0), ("head step", 0.0)]
-    assert [(what, sigma) for what, sigma, _, _ in log] == expected
-    starts = [(log[i - 1][2], said[2]) for i, said in enumerate(log) if said[0] == "teacher" and log[i - 1][0] == "student"]
-    assert len(starts) == 3 and all(own is teachers and not own.requires_grad for own, teachers in starts)
-
-
-@pytest.mark.parametrize("guided", [False, True])
-def test_the_correction_is_eq_6_at_the_students_own_latents(guided: bool) -> None:
-    """Alone, each stage followed by hand: v = a x, each of the teacher's steps multiplies x by 1 + b (difference of sigmas),
-    b = 1, or 5 when it is guided by cfg 3 against the opposite velocity."""
-    course = replace(COURSE, cfg=3.0, negative=(torch.zeros(1, 8), torch.zeros(6))) if guided else COURSE
-    chosen: dict[str, Any] = {"trajectory_weight": 0.0, "adversarial_weight": 0.0, "correction_weight": 2.0}
-    adapter, rate = Recording(), 0.1
-    run = trainer(teacher=Line(1.0), student=Line(0.3), adapter=adapter, source=MadeUp(sigmas=SIGMAS), course=course, **chosen)
-    run.optimizer = torch.optim.SGD(run.trained, rate)
-    run._set_learning_rates = lambda iteration: None  # type: ignore[method-assign]
-    run.config = replace(run.config, clip=1e9)
-    run.iteration(0)
-    x, a, b = keyed_noise(torch.empty(4, 4, 2, 4, 6), 0, "noise", 0, 0), 0.3, 5.0 if guided else 1.0
-    for key, (high, between, low) in zip((2, 1, 0), ((1.0, 0.9, 0.8), (0.8, 0.7, 0.5), (0.5, 0.2, 0.0)), strict=True):
-        reached = (1 + (between - high) * b) * (1 + (low - between) * b)
-        miss = a - (reached - 1) / (low - high)
-        square = float(x.square().mean())
-        assert float(run.scalars[f"correction/key_{key}"]) == pytest.approx(miss**2 * square, rel=1e-4)
-        x, a = x * (1 + (low - high) * a), a - rate * 2.0 * 2 * miss * square
-        assert float(run.scalars[f"gradient/correction/key_{key}"]) == pytest.approx(abs(4 * miss * square), rel=1e-4)
-    assert float(run.trained[0].detach()) == pytest.approx(a, rel=1e-4)
-    assert len(run.parts()) == 3  # no heads
-    with pytest.raises(InvalidValueError, match="correction_weight needs the course"):
-        trainer(course=None, correction_weight=1.0)
 
 
 def generated(log: Sequence[tuple[str, float, Tensor, float]]) -> list[tuple[float, Tensor, float]]:

@@ -71,7 +71,6 @@ def usual() -> dict[str, Tensor]:
         {"head": "3d"},
         {"seed": 1},
         {"queue_length": 2},
-        {"correction_weight": 1.0},
     ],
     ids=str,
 )
@@ -117,7 +116,6 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         ({"lr": float("nan")}, "lr is nan"),
         ({"ema": 1.0}, "ema is 1.0; it must be at least 0 and below 1"),
         ({"trajectory_weight": 0, "adversarial_weight": 0}, "nothing to learn"),
-        ({"correction_weight": -1}, "correction_weight is -1; it must be at least 0"),
         ({"target": "noise"}, "target is 'noise'; choose 'velocity' or 'x0'"),
         ({"gan_loss": "wgan"}, "gan_loss is 'wgan'; choose 'softplus' or 'hinge'"),
         ({"lora": 0}, "lora is 0"),
