@@ -22,10 +22,8 @@ def train(part, folder, steps, stop_at=None, **kw):
         task.statistics = 32
     if part in ("base", "guided"):
         task.pool.size, task.pool.reuse = 4, 1  # a new pool every other step
-    if part in ("teacher", "student", "rolled"):
+    if part in ("teacher", "student"):
         task.capture = dataclasses.replace(task.capture, chunk=2)
-    if part == "rolled":
-        task.round = task.kept = 1  # new points every step, the older ones forgotten
     if stop_at is not None:
         real = task.loss
 

@@ -26,7 +26,7 @@ from ..files import atomic_path, check_writable
 from .muon import Muon
 from .share import Share
 
-Part = Literal["vae", "base", "guided", "teacher", "student", "rolled", "decoder"]
+Part = Literal["vae", "base", "guided", "teacher", "student", "decoder"]
 PARTS: tuple[Part, ...] = get_args(Part)  # in the order they are made
 
 
@@ -38,8 +38,8 @@ class TrainArgs:
 
     part: tyro.conf.Positional[Part]
     """What to train, each from those before it: the VAE; base, by flow matching; guided, the base with its guidance distilled in;
-    the teacher, which is that with what a prompt leaves open completed; the student; rolled, the student trained on from where it
-    arrives itself; decoder, the VAE's trained on through teacher and student."""
+    the teacher, which is that with what a prompt leaves open completed; the student; decoder, the VAE's trained on through
+    both."""
     steps: int | None = None
     """Optimizer steps in all; default: the part's own. The model card names what made the bundled weights."""
     batch: int | None = None
@@ -58,7 +58,7 @@ class TrainArgs:
     weaker: Path | None = None
     """Guided only: a copy of the --weights folder from earlier in the base's training, to guide away from."""
     trajectories: int = 1024
-    """Teacher, student and rolled only: trajectories captured to learn from, of the guided base, the teacher, or a round's."""
+    """Teacher and student only: trajectories captured to learn from, of the guided base or the teacher."""
     dataset: Path | None = None
     """Student only: a SynVid dataset of this teacher's to learn from, instead of trajectories captured here."""
     save_every: float = 120.0

@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 
 from accvideo_core.devices import pick_device
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
-from accvideo_core.sampling import euler_flow, make_noise
+from accvideo_core.sampling import make_noise
 from accvideo_core.schedule import PRESETS
 from accvideo_core.studies import compare, evaluation
 from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.prompts import read_prompt
-from accvideo_core.tiny.tasks import flow, make_task, trajectories
-from accvideo_core.tiny.tasks import student as student_task
+from accvideo_core.tiny.tasks import flow, make_task
 from accvideo_core.tiny.tasks.common import to_network
 from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
@@ -283,57 +282,6 @@ def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, small):
     assert loss > 0  # the prompt it sees leaves something open
 
 
-def test_the_student_learns_where_the_teacher_goes_from_where_it_arrives_itself(as_base, tmp_path):
-    """Points are the student's own, their ends the teacher's ten steps on; the student's step of that segment is held to them."""
-    shutil.copy(weights_path("student"), as_base)
-    task = student_task.RolledTask(0, torch.device("cpu"), as_base, tmp_path, 3)
-    task.prepare(training.Share())
-    with torch.no_grad():
-        for p in task.network.parameters():
-            p.mul_(0.9)  # another network than the teacher
-    network, seen = task.network, []
-    task.network = lambda noisy, sigma, cond: seen.append((noisy, sigma)) or network(noisy, sigma, cond)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trajectories, "autocast_dtype", lambda device: None)
-        loss = task.loss(0, 5, slice(0, 5))
-    assert task.starts.shape == task.ends.shape == (3, 5, 16, 5, 8, 8) and len(task.prompts) == 3
-    fine, coarse = PRESETS["tiny"].sigmas(50), PRESETS["tiny"].sigmas(5)
-    cond = task.text.condition(task.prompts, torch.full((3,), 6.0))
-    own = task.starts[:, 0].float()  # float16 noise
-    with torch.no_grad():
-        for k in range(5):
-            torch.testing.assert_close(task.starts[:, k].float(), own, rtol=0.02, atol=0.03)
-            end = euler_flow(lambda x, s: task.teacher(x, s, cond), own, fine[10 * k : 10 * k + 11])
-            torch.testing.assert_close(task.ends[:, k].float(), end, rtol=0.02, atol=0.03)
-            own = own + (coarse[k + 1] - coarse[k]) * network(own, coarse[k : k + 1].expand(3), cond)
-    (noisy, sigma), expected = seen[0], []
-    for x, level in zip(noisy, sigma, strict=True):
-        ((i, k),) = [(i, k) for i in range(3) for k in range(5) if torch.equal(task.starts[i, k].float(), x)]
-        assert level == coarse[k]
-        told = task.text.condition([task.prompts[i]], torch.tensor([6.0]))
-        target = (task.ends[i, k].float() - x) / (coarse[k + 1] - coarse[k])
-        expected.append(task.error(network(x[None], level[None], told) - target[None]))
-    torch.testing.assert_close(loss, torch.cat(expected).mean(), rtol=1e-2, atol=0)  # guidance is 6 or 6.016
-
-
-def test_rolled_points_are_of_the_last_rounds_alone(as_base, tmp_path, small):
-    """Each round's points follow the student as it then is; rounds that are past are forgotten, on disk too."""
-    shutil.copy(weights_path("student"), as_base)
-    task = student_task.RolledTask(0, torch.device("cpu"), as_base, tmp_path, 2)
-    task.round, task.kept = 2, 2
-    task.prepare(training.Share())
-    points = {}
-    for step in range(6):
-        task.loss(step, 1, slice(0, 1))
-        points[step] = task.starts
-        with torch.no_grad():
-            task.network.img_in.proj.bias.add_(0.1)
-    assert [len(points[step]) for step in range(6)] == [2, 2, 4, 4, 4, 4]
-    assert points[0] is points[1] and torch.equal(points[2][:2], points[0]) and torch.equal(points[4][:2], points[2][2:])
-    assert not torch.equal(points[2][2:, 1:], points[0][:, 1:])
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [f"trajectories-{n:06d}.safetensors" for n in (2, 4)]
-
-
 def test_the_decoder_learns_from_what_teacher_and_student_denoised(as_base):
     """Every third latent is a clip's own with a little noise, one the teacher's from up to sigma 0.75, one the student's from one
     of its last two keys; all are held to the clip."""
@@ -411,7 +359,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert ran.returncode == 0, ran.stderr[-2000:]
     train_all(alone)
-    for name in ("vae", "text_encoder", "base", "guided", "teacher", "student", "rolled"):
+    for name in ("vae", "text_encoder", "base", "guided", "teacher", "student"):
         left, right = (load_file(folder / f"{name}.safetensors") for folder in (alone, shared))
         for key in left:
             torch.testing.assert_close(left[key].float(), right[key].float(), rtol=0.02, atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from ...errors import InvalidValueError
 from ..training import Task, TrainArgs
 from .flow import BaseTask, GuidedTask, TeacherTask
-from .student import RolledTask, StudentTask
+from .student import StudentTask
 from .vae import DecoderTask, VAETask
 
 
@@ -31,6 +31,4 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    if part == "rolled":
-        return RolledTask(seed, device, weights, run, args.trajectories)
     return StudentTask(seed, device, weights, run, args.trajectories, args.dataset)

@@ -314,7 +314,7 @@ class TeacherTask:
         self.names: list[dict[str, str]]
 
     def prepare(self, share: Share) -> None:
-        self.latents, self.prompts, self.names = self.capture.all(range(self.count), share)
+        self.latents, self.prompts, self.names = self.capture.all(self.count, share)
 
     def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         generator = keyed_generator(self.seed, "teacher", step)

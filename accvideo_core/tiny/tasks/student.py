@@ -1,10 +1,8 @@
-"""The student: the teacher's trajectories and the loss of Eq. 6 on their key points; then the same from where the student itself
-arrives."""
+"""The student: the teacher's trajectories, and the loss of Eq. 6 on their key points."""
 
 from __future__ import annotations
 
 import copy
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ from ..share import Share
 from ..training import Defaults
 from .common import KEYS, PRESET, TEACHER_STEPS, block_matrices, draw_guidance, sample_sheet, save_weights
 from .flow import ShapeError
-from .trajectories import Capture, Rolls
+from .trajectories import Capture
 
 
 class StudentTask:
@@ -48,8 +46,7 @@ class StudentTask:
         self.dataset = None if dataset is None else self.open(dataset)
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
         self.error = ShapeError(self.vae, device)
-        self.starts: Tensor  # (N, m, 16, 5, 8, 8): key m to 1, and where the teacher's segments from there end
-        self.ends: Tensor
+        self.keys: Tensor  # (N, m + 1, 16, 5, 8, 8), noise first
         self.prompts: list[str]
 
     def open(self, address: Path) -> SynVidDataset:
@@ -62,20 +59,19 @@ class StudentTask:
 
     def prepare(self, share: Share) -> None:
         if self.dataset is None:
-            keys, self.prompts, _ = self.capture.all(range(self.count), share)
+            self.keys, self.prompts, _ = self.capture.all(self.count, share)
         else:
-            keys = torch.stack([torch.stack(self.dataset.trajectory(i)[::-1]).half() for i in range(self.count)])
-            self.prompts = [sample.prompt for sample in self.dataset.samples]
-        self.starts, self.ends = keys[:, :-1], keys[:, 1:]
+            keys = [torch.stack(self.dataset.trajectory(i)[::-1]).half() for i in range(self.count)]
+            self.keys, self.prompts = torch.stack(keys), [sample.prompt for sample in self.dataset.samples]
 
     def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         generator = keyed_generator(self.seed, "student", step)
-        index = torch.randint(len(self.starts), (batch,), generator=generator)
+        index = torch.randint(len(self.keys), (batch,), generator=generator)
         position = torch.randperm(batch, generator=generator) % (len(self.sigmas) - 1)  # every segment equally often
         guidance = draw_guidance(batch, generator)[rows]
         index, position = index[rows], position[rows]
-        noisier = self.starts[index, position].float().to(self.device)
-        cleaner = self.ends[index, position].float().to(self.device)
+        noisier = self.keys[index, position].float().to(self.device)
+        cleaner = self.keys[index, position + 1].float().to(self.device)
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         with torch.no_grad():
             cond = self.text.condition([self.prompts[int(i)] for i in index], guidance)
@@ -89,47 +85,3 @@ class StudentTask:
 
     def sheet(self, path: Path) -> None:
         sample_sheet(path, TinyPipeline(self.network, self.text, self.vae, "student"), PRESET.steps)
-
-
-class RolledTask(StudentTask):
-    """Eq. 6 once more, at the points where the student itself arrives from noise, towards where the teacher goes from there
-    (DAgger, Ross et al., arXiv 1011.0686). On the teacher's own trajectories a student never meets what its errors make of a
-    latent, and from such it goes astray; held to the trajectory it has left it would be drawn between two. New points are made
-    every `round` steps by the student as it then is; those of the last `kept` rounds are learned from."""
-
-    defaults = Defaults(steps=5000, batch=32, lr=5e-4, warmup=50, ema=0.998)
-    round, kept = 200, 4
-
-    def __init__(self, seed: int, device: torch.device, weights: Path, run: Path, count: int) -> None:
-        from .. import load_tiny, part_hash
-
-        super().__init__(seed, device, weights, run, count)
-        self.made_from["student"] = part_hash("student", weights)
-        self.network.load_state_dict(load_tiny("student", device=device, folder=weights)[0].state_dict())
-        self.capture: Rolls = Rolls(
-            self.teacher, self.text, (), False, run, seed, self.made_from, device, 64, student=self.network
-        )
-        self.rounds: range = range(0)
-
-    def prepare(self, share: Share) -> None:
-        self.share = share
-
-    def fill(self, number: int) -> None:
-        """Make or read the rounds up to this one, and delete those that nobody reads again."""
-        self.rounds = range(max(0, number + 1 - self.kept), number + 1)
-        rounds = (range(n * self.count, (n + 1) * self.count) for n in self.rounds)
-        with torch.autocast(self.device.type, enabled=False):  # it does not know float16
-            latents, prompts, _ = zip(*(self.capture.all(numbers, self.share) for numbers in rounds), strict=True)
-            self.starts, self.ends = (torch.cat([points[:, i::2] for points in latents]) for i in (0, 1))
-        self.prompts = list(chain(*prompts))
-        if self.share.rank == 0:
-            self.capture.forget(self.rounds.start * self.count)
-
-    def loss(self, step: int, batch: int, rows: slice) -> Tensor:
-        if step // self.round + 1 != self.rounds.stop:
-            self.fill(step // self.round)
-        return super().loss(step, batch, rows)
-
-    def export(self, folder: Path, steps: int) -> list[Path]:
-        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
-        return [save_weights(folder / "rolled.safetensors", self.network, torch.bfloat16, note | student_metadata(KEYS))]

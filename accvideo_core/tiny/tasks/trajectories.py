@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..prompts import open_some, write_prompt
 from ..share import Share
 from ..text import TinyTextEncoder
 from ..training import check_made_from
-from .common import GUIDANCES, KEYS, LATENT_SHAPE, PRESET, TEACHER_STEPS
+from .common import GUIDANCES, LATENT_SHAPE, PRESET, TEACHER_STEPS
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,18 @@ class Capture:
     device: torch.device
     chunk: int = 128
 
-    def all(self, numbers: range, share: Share) -> tuple[Tensor, list[str], list[dict[str, str]]]:
-        """Of the trajectories of these numbers the latents (N, points, 16, 5, 8, 8) float16, their prompts, what those name."""
-        parts = [(start, min(self.chunk, numbers.stop - start)) for start in numbers[:: self.chunk]]
+    def all(self, count: int, share: Share) -> tuple[Tensor, list[str], list[dict[str, str]]]:
+        """Of `count` trajectories the latents (count, points, 16, 5, 8, 8) float16, their prompts, and what those name."""
+        parts = [(start, min(self.chunk, count - start)) for start in range(0, count, self.chunk)]
         for part in tqdm(parts[share.rank :: share.size], "trajectories", mininterval=5, disable=share.rank > 0):
             self.part(*part)
         share.wait()
         latents, prompts, names = zip(*(self.part(*part) for part in parts), strict=True)
         return torch.cat(latents), list(chain(*prompts)), list(chain(*names))
 
-    def path(self, start: int) -> Path:
-        return self.folder / f"trajectories-{start:06d}.safetensors"
-
     def part(self, start: int, count: int) -> tuple[Tensor, list[str], list[dict[str, str]]]:
         """`count` trajectories from number `start` on, captured now or read from an earlier run."""
-        path = self.path(start)
+        path = self.folder / f"trajectories-{start:06d}.safetensors"
         recipe = {"seed": str(self.seed), "start": str(start), "count": str(count), "steps": str(TEACHER_STEPS), **self.made_from}
         if path.exists():
             cure = "delete the trajectories, or choose another --run"
@@ -97,36 +94,7 @@ class Capture:
             if step.index + 1 in wanted:
                 kept.append(step.latent)
 
-        with self.precision():
+        cast = autocast_dtype(self.device)
+        with torch.autocast(self.device.type, cast, enabled=cast is not None):
             euler_flow(lambda x, s: self.network(x, s, cond), noise, PRESET.sigmas(TEACHER_STEPS), [keep])
         return torch.stack(kept, 1)
-
-    def precision(self) -> torch.autocast:
-        cast = autocast_dtype(self.device)
-        return torch.autocast(self.device.type, cast, enabled=cast is not None)
-
-
-@dataclass(frozen=True)
-class Rolls(Capture):
-    """From every key that `student` reaches by its own steps from noise, where `network`, the teacher, goes in its steps of that
-    segment: 2 m points a trajectory, each key followed by the end of its segment."""
-
-    student: HunyuanVideoDiT = field(kw_only=True)
-
-    @torch.no_grad()
-    def trajectories(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        cond = self.text.condition(prompts, torch.full((len(prompts),), GUIDANCES[0]))
-        latent = make_noise((len(prompts), *LATENT_SHAPE), seeds).to(self.device)
-        sigmas, segment, points = PRESET.sigmas(TEACHER_STEPS), TEACHER_STEPS // KEYS, []
-        with self.precision():
-            for start in range(0, TEACHER_STEPS, segment):
-                end = start + segment
-                points += [latent, euler_flow(lambda x, s: self.network(x, s, cond), latent, sigmas[start : end + 1])]
-                latent = euler_flow(lambda x, s: self.student(x, s, cond), latent, sigmas[[start, end]])
-        return torch.stack(points, 1)
-
-    def forget(self, before: int) -> None:
-        """Delete the files of trajectories of lower numbers."""
-        for path in self.folder.glob(self.path(0).name.replace("000000", "*")):
-            if path < self.path(before):
-                path.unlink()
