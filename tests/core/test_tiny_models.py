@@ -499,7 +499,9 @@ def test_compare_writes_video_and_sheet_and_measures(tmp_path, capsys, monkeypat
     assert compare.run(compare.CompareArgs((PROMPT, "a shape"), tmp_path, upscale=1, json=True, device="cpu")) == 0
     said = json.loads(capsys.readouterr().out)
     assert (tmp_path / "comparison.mp4").is_file() and (tmp_path / "comparison.png").is_file()
-    assert said["speedup"] > 2
+    seconds = said["sampling_seconds"]
+    assert set(seconds) == {"teacher_10", "teacher_2", "student_2"}
+    assert said["speedup"] == pytest.approx(seconds["teacher_10"] / seconds["student_2"])
 
 
 def test_evaluate_scores_and_keeps_the_frames(tmp_path, capsys):
