@@ -283,8 +283,8 @@ def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, small):
 
 
 def test_the_decoder_learns_from_what_teacher_and_student_denoised(as_base):
-    """Every third latent is a clip's own with a little noise, one the teacher's from up to sigma 0.75, one the student's from one
-    of its last two keys; all are held to the clip."""
+    """Of six latents one is a clip's own, one has a little noise, two are the teacher's from up to sigma 0.75, two the student's
+    from one of its last two keys; all are held to the clip."""
     shutil.copy(weights_path("student"), as_base)
     task = DecoderTask(0, torch.device("cpu"), as_base)
     clean, noise = make_noise((2, 16, 5, 8, 8), [0, 1]), make_noise((2, 16, 5, 8, 8), [2, 3])
@@ -307,11 +307,11 @@ def test_the_decoder_learns_from_what_teacher_and_student_denoised(as_base):
     held = []
     task.error = lambda latent, frames, weight: held.append((latent, frames)) or latent.mean()
     task.denoise = lambda network, clean, noise, sigmas, prompts: torch.full_like(clean, 7.0 if network is task.student else 8.0)
-    task.loss(0, 6, slice(1, 6))
+    task.loss(0, 7, slice(1, 7))
     ((latent, frames),) = held
     own = task.encode(frames)
     assert [float(x.mean()) for x in latent[[0, 1, 3, 4]]] == [8.0, 7.0, 8.0, 7.0]
-    assert 0 < (latent[2] - own[2]).std() < task.noise
+    assert 0 < (latent[2] - own[2]).std() < task.noise and torch.equal(latent[5], own[5])
 
 
 @pytest.fixture

@@ -88,9 +88,10 @@ class VAETask:
 
 class DecoderTask(VAETask):
     """The decoder once more, on what it will be given: a clip's latent with noise that a network took out again, so that it
-    learns to mend what the network leaves. Of three latents one is as in `VAETask`, one is the teacher's, one the student's."""
+    learns to mend what the network leaves. Of six latents one is the clip's own, one as in `VAETask`, two are the teacher's and
+    two the student's."""
 
-    defaults = Defaults(steps=6000, batch=12, lr=1e-3, warmup=50, ema=0.998)
+    defaults = Defaults(steps=5000, batch=12, lr=1e-3, warmup=50, ema=0.998)
     sigma_max, denoise_steps = 0.75, 4  # the teacher's; up to there the noise leaves little doubt about the clip
     student_keys = 2  # the student begins at one of its last keys
 
@@ -112,6 +113,7 @@ class DecoderTask(VAETask):
         said = [write_prompt(some, generator) if some else "" for some in named]
         strength, start = torch.rand(batch, generator=generator), torch.randint(self.student_keys, (batch,), generator=generator)
         noise = torch.randn(batch, *LATENT_SHAPE, generator=generator)
+        strength[::6] = 0
         kind = (torch.arange(batch) % 3)[rows]
         frames, weight = self.paint(scenes.rows(rows))
         strength, start, noise, prompts = strength[rows].to(self.device), start[rows], noise[rows].to(self.device), said[rows]
