@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..errors import InvalidValueError
@@ -31,6 +31,8 @@ class TrainConfig:
     """Weight of the trajectory loss; 0 leaves it out."""
     adversarial_weight: float = 0.1
     """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with teacher and heads."""
+    head_warmup: int = 0
+    """Iterations at the beginning in which the heads learn and the student does not feel them yet."""
     target: Literal["velocity", "x0"] = "velocity"
     """What the trajectory loss regresses: the segment's velocity (Eq. 6), or the trajectory's clean end."""
     gan_loss: Gan = "softplus"
@@ -135,6 +137,7 @@ _LEAST = {
     "trajectory_weight": 0,
     "adversarial_weight": 0,
     "r1_weight": 0,
+    "head_warmup": 0,
     "queue_length": 1,
     "warmup": 0,
     "weight_decay": 0,
@@ -155,6 +158,11 @@ assert tuple(GAN_LOSSES) == get_args(Gan)
 _HOW = frozenset(("iterations", "lr", "head_lr", "r1_weight", "micro_batch", "precision", "checkpointing", "compile"))
 _KEPT = frozenset(("keep_queues", "export_dtype", "validate_every", "best", "save_every", "keep", "patience"))
 FREE = _HOW | _KEPT
+
+
+def settings_of(told: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that was written down, with the defaults of those fields that its version did not have yet."""
+    return asdict(TrainConfig()) | told
 
 
 def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

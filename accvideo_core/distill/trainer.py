@@ -25,7 +25,7 @@ from ..files import atomic_path
 from ..synvid import Batch
 from . import state
 from .adapters import Adapter
-from .config import TrainConfig, differences
+from .config import TrainConfig, differences, settings_of
 from .discriminator import Discriminator
 from .health import Health, check_finite
 from .lora_student import add_lora, export_lora, share_base
@@ -170,24 +170,29 @@ class Trainer:
         """One step of the student on what it makes of a queue's entry, and one of the key's head (Eqs. 7 and 8).
 
         The entry has no gradient: the student answers for this one Euler step alone. Head and student see the same latents,
-        so their gradients are computed together; the student's step is taken first. Returns the student's latents at `key`.
+        so their gradients are computed together; the student's step is taken first, and none while the heads warm up. Returns
+        the student's latents at `key`.
         """
+        felt = iteration >= self.config.head_warmup
         real = self.source.batch(entry.draw, key).to(self.world.device)
         told = self.adapter.conditioning(real, self.source.guidance)
         gan, weight, made = GAN_LOSSES[self.config.gan_loss], self.config.adversarial_weight, []
         for at, share in self._micro_batches():
             noisy, text = entry.latent[at], told.rows(at)
             high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
-            fake = euler_step(noisy, self.velocity(noisy, high, text), high, low)
-            fake_features = self.features(fake, key, text)
             self.heads.requires_grad_(False)
-            loss = gan.student(self.heads(fake_features, key, self._grid(fake)))
-            (weight * share * loss).backward()
+            with torch.set_grad_enabled(felt):
+                fake = euler_step(noisy, self.velocity(noisy, high, text), high, low)
+                fake_features = self.features(fake, key, text)
+                loss = gan.student(self.heads(fake_features, key, self._grid(fake)))
+            if felt:
+                (weight * share * loss).backward()
             self.heads.requires_grad_(True)
             self._see(f"adversarial/student/key_{key}", loss, share)
             made.append(fake.detach())
             self._backward_head(iteration, key, real.clean[at], fake_features.detach(), text, at, share)
-        self._step(self.optimizer, self.trained, "adversarial", iteration, key)
+        if felt:
+            self._step(self.optimizer, self.trained, "adversarial", iteration, key)
         self._step(self.head_optimizer, list(self.heads.parameters()), "heads", iteration, key)
         return Entry(entry.draw, torch.cat(made))
 
@@ -343,6 +348,7 @@ class Trainer:
         if path.exists():
             try:
                 earlier = json.loads(path.read_text(encoding="utf-8"))
+                earlier["config"] = settings_of(earlier["config"])
                 changed = [text for part in told for text in differences(earlier[part], told[part])]
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise TrainingError(f"{str(path)!r} cannot be read ({error}); restore it, or choose another folder") from error

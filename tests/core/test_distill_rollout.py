@@ -108,6 +108,14 @@ def test_one_weight_of_zero_leaves_its_half_out() -> None:
     assert run.teacher is None and [what for what, *_ in run.adapter.log] == ["student"] * 3
 
 
+def test_while_the_heads_warm_up_they_learn_and_the_student_does_not_feel_them() -> None:
+    run, log = recorded(2, head_warmup=1, trajectory_weight=0.0)
+    steps = [what for what, *_ in log if what.endswith("step")]
+    assert steps == ["head step"] * 3 + ["student step", "head step"] * 3
+    assert [number for what, _, _, number in log if what == "student"][:4] == pytest.approx([0.3] * 4)
+    assert float(run.scalars["gradient/adversarial/key_0"]) > 0
+
+
 def generated(log: Sequence[tuple[str, float, Tensor, float]]) -> list[tuple[float, Tensor, float]]:
     """(sigma, input, the student's number) of the student's own steps: those whose output the teacher sees next."""
     pairs = zip(log, log[1:], strict=False)

@@ -71,6 +71,7 @@ def usual() -> dict[str, Tensor]:
         {"head": "3d"},
         {"seed": 1},
         {"queue_length": 2},
+        {"head_warmup": 1},
     ],
     ids=str,
 )
@@ -207,7 +208,11 @@ def test_a_folder_of_another_run_is_refused_and_left_as_it_is(tmp_path: Path) ->
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TrainingError, match="config.json' cannot be read"):
         resumable(tmp_path).run()
-    (tmp_path / "moved.json").replace(tmp_path / "config.json")
+    told = json.loads((tmp_path / "moved.json").read_text())
+    del told["config"]["head_warmup"]  # as a version wrote it that did not have it yet
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    with pytest.raises(InvalidValueError, match="head_warmup 0, now 1"):
+        resumable(tmp_path, head_warmup=1).run()
     resumable(tmp_path, iterations=3, lr=5e-4).run()  # how long and how fast may change
     assert json.loads((tmp_path / "config.json").read_text())["config"]["lr"] == 5e-4
 
