@@ -19,7 +19,8 @@ from accvideo_core.studies import ablate, ablation_report, arms, metrics
 from accvideo_core.tiny import load_vae, oracle, weights_path
 from accvideo_core.tiny.pipeline import PRESET
 from accvideo_core.tiny.prompts import read_prompt
-from accvideo_core.tiny.vae import LATENT_SCALE, to_pixels
+from accvideo_core.tiny.tasks.common import to_network
+from accvideo_core.tiny.vae import LATENT_SCALE
 
 CPU = torch.device("cpu")
 DONE = ("teacher-5", "full", "forward-mismatched")
@@ -167,12 +168,18 @@ def test_forward_diffusion_noises_clips_and_goes_on_as_the_teacher(done: Path, t
     assert source.state() != arms.SynVidSource(dataset, 2, 0).state()
 
 
-def test_other_clips_show_what_their_prompts_say_but_smaller_and_slower(done: Path) -> None:
+def test_other_clips_show_what_their_prompts_say_but_smaller_and_slower(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen before they are encoded: the decoder, which knows the world's own sizes, takes such for worn larger ones."""
+    rendered: list[torch.Tensor] = []
+    render = arms.render
+    monkeypatch.setattr(arms, "render", lambda scenes: rendered.append(render(scenes)) or rendered[-1])
     adapter = adapter_for("tiny")
     dataset = arms.captured(done, adapter, adapter.load(weights_path("teacher"), CPU, torch.float32), 3, 0, CPU, True)
     for sample, latent in zip(dataset.samples, arms.clean_latents(dataset, "mismatched", 0), strict=True):
+        clip = rendered.pop()
         with torch.no_grad():
-            frames = to_pixels(load_vae().decode(latent[None] / LATENT_SCALE))[0]
+            torch.testing.assert_close(latent, load_vae().encode(to_network(clip, CPU))[0] * LATENT_SCALE)
+        frames = (clip[0] * 255).round().to(torch.uint8).numpy()
         seen = oracle.read(frames)
         for kind in ("colour", "background"):
             assert read_prompt(sample.prompt).get(kind, seen[kind].name) == seen[kind].name
