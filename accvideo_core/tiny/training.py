@@ -61,6 +61,10 @@ class TrainArgs:
     """Teacher and student only: trajectories captured to learn from, of the guided base or the teacher."""
     dataset: Path | None = None
     """Student only: a SynVid dataset of this teacher's to learn from, instead of trajectories captured here."""
+    early: int = 0
+    """Student only: so many more trajectories, captured here, as far as the segments that need the most of them."""
+    start: Path | None = None
+    """Student only: the file of a student to begin with, instead of the teacher."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from accvideo_core.errors import InvalidValueError
-from accvideo_core.sampling import euler_flow, few_step, make_noise
+from accvideo_core.sampling import euler_flow, few_step, make_noise, multistep_flow
 from accvideo_core.schedule import PRESETS, flow_sigmas
 
 SHAPE = (3, 16, 2, 4, 6)
@@ -35,10 +35,13 @@ def test_a_constant_velocity_is_integrated_exactly_by_any_schedule():
     for sigmas in (flow_sigmas(1, 1.0), flow_sigmas(7, 7.0)):
         out = euler_flow(lambda x, s: noise - clean, noise, sigmas)
         torch.testing.assert_close(out, clean, rtol=0, atol=2e-6)
+        torch.testing.assert_close(multistep_flow(lambda x, s: noise - clean, noise, sigmas)[-1], clean, rtol=0, atol=2e-6)
 
 
-def test_euler_converges_to_the_flow_of_a_gaussian():
-    """For data N(0, s^2) the flow carries noise z to s*z; Euler's error falls as 1/steps."""
+@pytest.mark.parametrize(("shift", "order"), [(1.0, 1), (7.0, 1), (1.0, 2), (7.0, 2)])
+def test_the_solvers_converge_to_the_flow_of_a_gaussian(shift, order):
+    """For data N(0, s^2) the flow carries noise z to s*z; Euler's error falls as 1/steps, the multistep method's as their
+    square, on uneven grids too."""
     s = 0.3
 
     def velocity(x, sigma):
@@ -46,9 +49,31 @@ def test_euler_converges_to_the_flow_of_a_gaussian():
         variance = (1 - level) ** 2 * s**2 + level**2
         return x * (level - (1 - level) * s**2) / variance
 
+    def end(sigmas):
+        return euler_flow(velocity, noise, sigmas) if order == 1 else multistep_flow(velocity, noise, sigmas)[-1]
+
     noise = make_noise(SHAPE, [0, 1, 2])
-    errors = [float((euler_flow(velocity, noise, flow_sigmas(n, 1.0)) - s * noise).abs().max()) for n in (50, 100, 200)]
-    assert errors[0] > 1.8 * errors[1] > 3.2 * errors[2] > 0
+    errors = [float((end(flow_sigmas(n, shift)) - s * noise).abs().max()) for n in (50, 100, 200)]
+    falls = 0.9 * 2**order
+    assert errors[0] > falls * errors[1] > falls**2 * errors[2] > 0
+
+
+def test_the_multistep_solver_gives_every_latent_and_starts_with_an_euler_step():
+    noise, sigmas, asked = make_noise(SHAPE, [0, 1, 2]), torch.tensor([1.0, 0.8, 0.3, 0.0]), []
+
+    def velocity(x, sigma):
+        asked.append((x, sigma))
+        return x * sigma.view(-1, 1, 1, 1, 1)
+
+    latents = multistep_flow(velocity, noise.double(), sigmas)
+    assert len(latents) == 4 and torch.equal(latents[0], noise) and all(x.dtype == torch.float32 for x in latents)
+    for (x, sigma), latent, level in zip(asked, latents, (1.0, 0.8, 0.3), strict=False):
+        assert torch.equal(x, latent) and torch.equal(sigma, torch.full((3,), level))
+    torch.testing.assert_close(latents[1], 0.8 * noise)
+    second = latents[1] - 0.5 * (0.64 * noise + (0.64 - 1.0) * noise * (0.5 / 0.2 / 2))
+    torch.testing.assert_close(latents[2], second)
+    with pytest.raises(InvalidValueError, match="fall strictly"):
+        multistep_flow(velocity, noise, torch.tensor([0.5, 1.0]))
 
 
 def test_every_step_is_equation_5():

@@ -18,15 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from accvideo_core.devices import pick_device
+from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
-from accvideo_core.sampling import make_noise
+from accvideo_core.sampling import make_noise, multistep_flow
 from accvideo_core.schedule import PRESETS
 from accvideo_core.studies import compare, evaluation
-from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, training, weights_path
+from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, part_hash, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.prompts import read_prompt
 from accvideo_core.tiny.tasks import flow, make_task
 from accvideo_core.tiny.tasks.common import to_network
+from accvideo_core.tiny.tasks.student import StudentTask
 from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
@@ -282,6 +284,62 @@ def test_the_teacher_learns_to_complete_prompts(as_base, tmp_path, small):
     assert loss > 0  # the prompt it sees leaves something open
 
 
+def test_the_student_learns_its_first_segments_from_more_trajectories(as_base, tmp_path, small):
+    """Two whole trajectories and five that end at the third key point; a segment is learned from all that have it, and the first
+    are solved in five steps of second order each."""
+    start = tmp_path / "start.safetensors"
+    state = load_file(as_base / "teacher.safetensors")
+    save_file({name: t * 0.9 for name, t in state.items()}, start)
+    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path, 2, early=5, start=start)
+    assert all(torch.equal(p, (state[name] * 0.9).float()) for name, p in task.network.named_parameters())
+    task.prepare(training.Share())
+    assert [len(latents) for latents in task.latents] == [7, 7, 7, 7, 2, 2] and len(set(task.prompts)) == 7
+    noise = [latents.float() for latents in task.latents[:4]]
+    cond = task.text.condition(task.prompts[2:], torch.full((5,), 6.0))
+    with torch.no_grad():
+        solved = multistep_flow(lambda x, s: task.teacher(x, s, cond), noise[0][2:], PRESETS["tiny"].sigmas(25)[:16])[5::5]
+    for expected, latents in zip(solved, noise[1:], strict=True):
+        torch.testing.assert_close(latents[2:], expected, rtol=0.02, atol=0.02)
+    seen, network = [], task.network
+
+    def spy(noisy, sigma, cond):
+        seen.append((noisy, sigma, cond))
+        return network(noisy, sigma, cond)
+
+    task.network = spy
+    places = set()
+    for step in range(4):
+        loss = task.loss(step, 10, slice(2, 9))
+        noisy, sigma, cond = seen[step]
+        found = [(k, i) for x in noisy for k in range(5) for i, y in enumerate(task.latents[k]) if torch.equal(y.float(), x)]
+        places |= set(found)
+        assert len(found) == 7 and torch.equal(sigma, task.sigmas[[k for k, _ in found]])
+        said = task.text.condition([task.prompts[i] for _, i in found], cond.guidance)
+        assert torch.equal(said.text, cond.text)
+        change = torch.stack([task.latents[k + 1][i].float() - task.latents[k][i].float() for k, i in found])
+        fall = torch.tensor([float(task.sigmas[k + 1] - task.sigmas[k]) for k, _ in found]).view(-1, 1, 1, 1, 1)
+        with torch.no_grad():
+            torch.testing.assert_close(loss.detach(), task.error(network(noisy, sigma, cond) - change / fall).mean())
+    assert {k for k, i in places if i > 1} == {0, 1, 2} and {k for k, i in places if i < 2} >= {3, 4}
+
+
+def test_a_student_that_started_from_another_says_so(as_base, tmp_path, small):
+    start = weights_path("student")
+    weights = shutil.copytree(as_base, tmp_path / "w")
+    (path,) = train("student", tmp_path, 1, weights=weights, trajectories=2, early=2, start=start)
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    assert known["early"] == "2" and known["start"] == part_hash("student")
+    before = contents(weights)
+    with pytest.raises(InvalidValueError, match="made from something else"):
+        train("student", tmp_path, 2, weights=weights, trajectories=2, early=2)
+    other = tmp_path / "other.safetensors"
+    save_file(HunyuanVideoDiT(replace(DiTConfig.tiny(), depth_single=1)).init_weights(0).state_dict(), other)
+    with pytest.raises(InvalidValueError, match=r"other.safetensors', which is not of the tiny teacher's size"):
+        train("student", tmp_path / "again", 1, weights=weights, trajectories=2, start=other)
+    assert contents(weights) == before
+
+
 def test_the_decoder_learns_from_what_teacher_and_student_denoised(as_base):
     """Of six latents one is a clip's own, one has a little noise, two are the teacher's from up to sigma 0.75, two the student's
     from one of its last two keys; all are held to the clip."""
@@ -407,6 +465,8 @@ def test_bad_training_arguments_are_named(tmp_path):
         train("vae", tmp_path, 0)
     with pytest.raises(InvalidValueError, match="trajectories is 0"):
         make_task(training.TrainArgs("student", trajectories=0), tmp_path, torch.device("cpu"))
+    with pytest.raises(InvalidValueError, match="early is -1"):
+        make_task(training.TrainArgs("student", early=-1), tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):
         train("teacher", tmp_path / "empty", 1)
     with pytest.raises(InvalidValueError, match="device 'tpu'"):

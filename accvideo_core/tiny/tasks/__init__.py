@@ -16,10 +16,12 @@ from .vae import DecoderTask, VAETask
 def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
     """The task of args.part, reading what earlier parts wrote to `weights`.
 
-    InvalidValueError if there are to be no trajectories.
+    InvalidValueError if there are to be no trajectories, or fewer than none.
     """
     if args.trajectories < 1:
         raise InvalidValueError(f"trajectories is {args.trajectories}; it must be at least 1")
+    if args.early < 0:
+        raise InvalidValueError(f"early is {args.early}; it must be at least 0")
     part, seed, run = args.part, args.seed, args.run / args.part
     if part == "vae":
         return VAETask(seed, device)
@@ -31,4 +33,4 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset)
+    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset, args.early, args.start)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint import load_student
 from ...checkpoint.students import student_metadata
 from ...distill import segment_velocity
 from ...distill.adapters import adapter_for
 from ...distill.source import check_schedule
+from ...dit import HunyuanVideoDiT
+from ...errors import InvalidValueError
 from ...schedule import key_indices, key_sigmas
 from ...synvid import SynVidDataset
 from ..clips import keyed_generator
@@ -25,28 +30,47 @@ from .trajectories import Capture
 
 class StudentTask:
     """The trajectory loss alone, half of it as the shape filters see it: from key point k+1 of a teacher's trajectory, the
-    velocity of the segment to key k."""
+    velocity of the segment to key k.
+
+    What is to be seen is decided in the second segment, and in the third: they take many more trajectories to learn than the
+    others, and nearly all that the student lacks of its teacher is lost there. So `early` trajectories end behind them and are
+    solved in fewer steps, and a batch is mostly of these two.
+    """
+
+    early_segments, early_steps = 3, 5  # and steps of each
+    turns = (0, 1, 1, 1, 1, 1, 2, 2, 3, 4)  # the segments of a batch
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
     def __init__(
-        self, seed: int, device: torch.device, weights: Path, run: Path, count: int, dataset: Path | None = None
+        self,
+        seed: int,
+        device: torch.device,
+        weights: Path,
+        run: Path,
+        count: int,
+        dataset: Path | None = None,
+        early: int = 0,
+        start: Path | None = None,
     ) -> None:
         from .. import load_tiny, part_hash
 
         self.seed, self.device, self.count = seed, device, count
         self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "teacher")}
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
-        self.network = copy.deepcopy(self.teacher)
+        captured = dict(self.made_from)
+        self.network = copy.deepcopy(self.teacher) if start is None else self.begin_with(start)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
         self.matrices = block_matrices(self.network)
         points = sorted(key_indices(TEACHER_STEPS, KEYS))
-        self.capture = Capture(self.teacher, self.text, points, False, run, seed, self.made_from, device)
+        self.capture = Capture(self.teacher, self.text, points, False, run, seed, captured, device)
         self.dataset = None if dataset is None else self.open(dataset)
+        until = list(range(0, self.early_segments * self.early_steps + 1, self.early_steps))
+        self.early, self.quick = early, replace(self.capture, points=until, name="early", multistep=KEYS * self.early_steps)
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
         self.error = ShapeError(self.vae, device)
-        self.keys: Tensor  # (N, m + 1, 16, 5, 8, 8), noise first
+        self.latents: list[Tensor]  # for each key point, noise first, (N, 16, 5, 8, 8) of the trajectories that reach it
         self.prompts: list[str]
 
     def open(self, address: Path) -> SynVidDataset:
@@ -57,21 +81,36 @@ class StudentTask:
         self.made_from["dataset"], self.count = dataset.digest, len(dataset)
         return dataset
 
+    def begin_with(self, student: Path) -> HunyuanVideoDiT:
+        """The network of a student's file. InvalidValueError if it is not of the teacher's size."""
+        network = load_student(student, self.device, torch.float32)
+        if network.config != self.teacher.config:
+            raise InvalidValueError(f"start is {str(student)!r}, which is not of the tiny teacher's size; choose a tiny student")
+        self.made_from["start"] = hashlib.sha256(student.read_bytes()).hexdigest()
+        return network
+
     def prepare(self, share: Share) -> None:
         if self.dataset is None:
-            self.keys, self.prompts, _ = self.capture.all(self.count, share)
+            keys, self.prompts, _ = self.capture.all(self.count, share)
         else:
-            keys = [torch.stack(self.dataset.trajectory(i)[::-1]).half() for i in range(self.count)]
-            self.keys, self.prompts = torch.stack(keys), [sample.prompt for sample in self.dataset.samples]
+            keys = torch.stack([torch.stack(self.dataset.trajectory(i)[::-1]).half() for i in range(self.count)])
+            self.prompts = [sample.prompt for sample in self.dataset.samples]
+        self.latents = list(keys.unbind(1))
+        if self.early:
+            keys, prompts, _ = self.quick.all(self.early, share)
+            self.prompts = [*self.prompts, *prompts]
+            for position, more in enumerate(keys.unbind(1)):
+                self.latents[position] = torch.cat([self.latents[position], more])
 
     def loss(self, step: int, batch: int, rows: slice) -> Tensor:
         generator = keyed_generator(self.seed, "student", step)
-        index = torch.randint(len(self.keys), (batch,), generator=generator)
-        position = torch.randperm(batch, generator=generator) % (len(self.sigmas) - 1)  # every segment equally often
+        position = torch.tensor(self.turns)[torch.randperm(batch, generator=generator) % len(self.turns)]
+        reached = torch.tensor([len(latents) for latents in self.latents[1:]])
+        index = (torch.rand(batch, generator=generator, dtype=torch.float64) * reached[position]).long()
         guidance = draw_guidance(batch, generator)[rows]
         index, position = index[rows], position[rows]
-        noisier = self.keys[index, position].float().to(self.device)
-        cleaner = self.keys[index, position + 1].float().to(self.device)
+        places = list(zip(position.tolist(), index.tolist(), strict=True))
+        noisier, cleaner = (torch.stack([self.latents[k + d][i].float() for k, i in places]).to(self.device) for d in (0, 1))
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         with torch.no_grad():
             cond = self.text.condition([self.prompts[int(i)] for i in index], guidance)
@@ -80,7 +119,7 @@ class StudentTask:
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
-        note |= student_metadata(KEYS)
+        note |= student_metadata(KEYS) | ({"early": str(self.early)} if self.early else {})
         return [save_weights(folder / "student.safetensors", self.network, torch.bfloat16, note)]
 
     def sheet(self, path: Path) -> None:
