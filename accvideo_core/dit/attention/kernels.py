@@ -90,13 +90,14 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor
         return ((q * scale) @ k).softmax(-1).bmm(v).view(shape)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = min(_QUERIES, shape[2])
-    heads = max(1, _SCORES // (rows * keys))
+    heads = min(max(1, _SCORES // (rows * keys)), len(q))
+    room = q.new_empty(heads * rows * keys)  # for one tile after another
     for first in range(0, len(q), heads):
         some = slice(first, first + heads)
         for start in range(0, shape[2], rows):
             part = q[some, start : start + rows]
-            nothing = part.new_empty(()).expand(part.shape[0], part.shape[1], keys)  # that beta of 0 leaves unread
-            scores = torch.baddbmm(nothing, part, k[some], beta=0, alpha=scale)
+            scores = room[: part.shape[0] * part.shape[1] * keys].view(*part.shape[:2], keys)
+            torch.baddbmm(scores, part, k[some], beta=0, alpha=scale, out=scores)  # beta of 0: what was there goes unread
             torch.softmax(scores, -1, out=scores)
             torch.bmm(scores, v[some], out=out[some, start : start + rows])
     return out.view(shape)
