@@ -127,7 +127,7 @@ def rotary_attention(
     if split is not None:
         q, k, v = split.to_heads(q, k, v)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
-    attended = attention(q, k, v, key_lengths, kernel)
+    attended = attention(q, k, v, key_lengths, kernel, over=in_place())
     return attended if split is None else split.to_tokens(attended)
 
 

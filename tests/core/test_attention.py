@@ -27,6 +27,7 @@ from accvideo_core.dit import Conditioning, DiTConfig, HunyuanVideoDiT
 from accvideo_core.dit.attention import AUTO, KERNELS, NAMES, Call, attention, check, forget, settle, usable
 from accvideo_core.errors import AccVideoError, InvalidValueError, KernelError
 from tests.networks import random_weights
+from tests.peak import Peak
 
 package = importlib.import_module("accvideo_core.dit.attention")
 choice = importlib.import_module("accvideo_core.dit.attention.choice")
@@ -236,6 +237,21 @@ class TestProducts:
         q, k, v = random_qkv(BF16, queries, keys, heads=heads)
         with torch.no_grad():
             assert error(attention(q, k, v, None, "products"), exact(q, k, v)) < 1e-2
+
+    @pytest.mark.parametrize(("tokens", "rows"), [(1300, 1), (70, 1), (70, 3)])
+    def test_queries_that_are_nobody_elses_are_written_over(self, tokens, rows) -> None:
+        """As they lie between keys and values in a layer's result, of which then nothing is copied but those of several rows."""
+        given = torch.randn(rows, tokens, 3, 2, 64).bfloat16()
+        q, k, v = given.permute(2, 0, 3, 1, 4)
+        with torch.inference_mode():
+            due, own = attention(q, k, v, None, "products"), given.clone()
+            q, k, v = own.permute(2, 0, 3, 1, 4)
+            with Peak([own]) as peak:
+                out = attention(q, k, v, None, "products", over=True)
+        assert torch.equal(out, due) and torch.equal(own[:, :, 1:], given[:, :, 1:])
+        tile = min(2 * rows, max(1, 2**19 // (min(512, tokens) * tokens))) * min(512, tokens) * tokens
+        if rows == 1:
+            assert out.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and peak.peak == 2 * tile
 
     def test_gradients_are_sdpas(self) -> None:
         given = [x.detach().requires_grad_() for x in random_qkv(BF16, 70, 90)]

@@ -23,11 +23,14 @@ AUTO = "auto"
 NAMES = (AUTO, *KERNELS)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Sequence[int] | None = None, kernel: str = "sdpa") -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Sequence[int] | None = None, kernel: str = "sdpa", over: bool = False
+) -> Tensor:
     """Softmax attention: q, k, v (B, heads, N, head_dim) -> (B, N, heads * head_dim).
 
     key_lengths  valid keys of each row (the first so many), or None when all are valid
     kernel       a name in NAMES
+    over         q is nobody else's: a kernel that can may write the result over it
     Raises InvalidValueError for a name that is none and where the kernel does not take these tensors, KernelError where it
     fails its test on this device. Inside a compiled region the kernel must be settled already: nothing is checked.
     """
@@ -38,12 +41,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, key_lengths: Sequence[int] | None
         call = Call(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2], elements, gradients=gradients)
         kernel = settle(kernel, call, lengths)
     chosen = KERNELS["sdpa" if kernel == AUTO else kernel]
-    return _attend(chosen, q, k, v, lengths).transpose(1, 2).flatten(2)
+    return _attend(chosen, q, k, v, lengths, over).transpose(1, 2).flatten(2)
 
 
-def _attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+def _attend(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...] | None, over: bool) -> Tensor:
     if lengths is None:
-        return kernel.run(q, k, v, None, None, None)
+        return kernel.run(q, k, v, None, None, None, **({"over": over} if kernel.overwrites else {}))
     if kernel.ragged:
         return kernel.run(q, k, v, None, None, lengths)
     if kernel.masks and k.shape[2] < ROW_BY_ROW_TOKENS:

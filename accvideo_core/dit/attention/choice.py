@@ -75,6 +75,7 @@ class Kernel:
     least          queries and keys it takes, at the least
     key_multiple   what the number of keys must be a multiple of, unless there are at least `ragged_from` (None: always)
     differentiable has a backward pass
+    overwrites     run has a further argument, `over`: q is nobody else's, and what is attended may be written over it
     package        what to install, None for what PyTorch has; `find` imports it, ImportError with a sentence if it cannot
     further        what else it refuses
     """
@@ -93,6 +94,7 @@ class Kernel:
     masks: bool = False
     ragged: bool = False
     differentiable: bool = True
+    overwrites: bool = False
     package: str | None = None
     find: Callable[[], Any] | None = None
     further: Callable[[Call, Machine], Refusal | None] | None = None

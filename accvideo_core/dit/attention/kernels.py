@@ -81,14 +81,17 @@ _SCORES = 1 << 19  # that exist at a time: they stay in a core's cache
 _QUERIES = 512
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, lengths: Lengths | None) -> Tensor:
-    """Scores are rounded to the tensors' dtype before the softmax, which SDPA's kernels avoid: the error grows with them."""
+def _products(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor | None, lengths: Lengths | None, over: bool = False
+) -> Tensor:
+    """Scores are rounded to the tensors' dtype before the softmax, which SDPA's kernels avoid: the error grows with them. Queries
+    are done with tile by tile, so with `over` the result takes their place."""
     shape, keys = q.shape, k.shape[2]
     scale = shape[3] ** -0.5 if scale is None else scale
     q, k, v = q.flatten(0, 1), k.flatten(0, 1).mT, v.flatten(0, 1)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return ((q * scale) @ k).softmax(-1).bmm(v).view(shape)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = q if over else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     rows = min(_QUERIES, shape[2])
     heads = min(max(1, _SCORES // (rows * keys)), len(q))
     room = q.new_empty(heads * rows * keys)  # for one tile after another
@@ -100,7 +103,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, scale: float | None, mask: Tensor
             torch.baddbmm(scores, part, k[some], beta=0, alpha=scale, out=scores)  # beta of 0: what was there goes unread
             torch.softmax(scores, -1, out=scores)
             torch.bmm(scores, v[some], out=out[some, start : start + rows])
-    return out.view(shape)
+    return out.unflatten(0, shape[:2])
 
 
 def _no_bfloat16(call: Call, found: Machine) -> Refusal | None:
@@ -263,7 +266,7 @@ KERNELS: dict[str, Kernel] = {
     kernel.name: kernel
     for kernel in (
         Kernel("sdpa", _sdpa, {torch.float32: 1e-5, torch.float64: 1e-5, **_HALF}, masks=True),
-        Kernel("products", _products, {torch.bfloat16: 1e-2}, kinds=("cpu",), further=_no_bfloat16),
+        Kernel("products", _products, {torch.bfloat16: 1e-2}, kinds=("cpu",), overwrites=True, further=_no_bfloat16),
         Kernel(
             "sdpa-cudnn",
             _sdpa_by(SDPBackend.CUDNN_ATTENTION),
