@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from accvideo_core.checkpoint import load_student
 from accvideo_core.devices import pick_device
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
@@ -323,6 +324,38 @@ def test_the_student_learns_its_first_segments_from_more_trajectories(as_base, t
     assert {k for k, i in places if i > 1} == {0, 1, 2} and {k for k, i in places if i < 2} >= {3, 4}
 
 
+def test_a_students_second_step_is_pushed_on_from_the_teachers(as_base, tmp_path, small):
+    """Where it arrives itself from new noise, half as far again as it lies from where one step of the teacher's goes; the other
+    segments are learned as ever."""
+    start = tmp_path / "start.safetensors"
+    save_file({name: t * 0.9 for name, t in load_file(as_base / "teacher.safetensors").items()}, start)
+    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path, 3, start=start, push=0.5)
+    task.prepare(training.Share())
+    first = load_student(start, dtype=torch.float32)
+    seen, pushed, network, push = [], [], task.network, task.pushed
+    task.network = lambda *given: seen.append(given) or network(*given)
+    task.pushed = lambda *given: pushed.append((given, push(*given))) or pushed[-1][1]
+    loss = task.loss(0, 10, slice(1, 8))
+    ((noisy, sigma, cond),), (((noise, told), (latent, due)),) = seen, pushed
+    second = sigma == task.sigmas[1]
+    assert 3 <= len(noise) == int(second.sum()) and noise.std() == pytest.approx(1, abs=0.05)
+    assert torch.equal(noisy[second], latent) and torch.equal(cond.text[second], told.text) and len(noise[0].unique()) > 5000
+    levels = [level.expand(len(noise)) for level in task.sigmas[:2]]
+    with torch.no_grad():
+        arrived = noise + (task.sigmas[1] - task.sigmas[0]) * first(noise, levels[0], told)
+        torch.testing.assert_close(latent, arrived)
+        torch.testing.assert_close(due, 1.5 * first(arrived, levels[1], told) - 0.5 * task.teacher(arrived, levels[1], told))
+        found = [
+            (k, i) for x in noisy[~second] for k in range(5) for i, y in enumerate(task.latents[k]) if torch.equal(y.float(), x)
+        ]
+        change = torch.stack([task.latents[k + 1][i].float() - task.latents[k][i].float() for k, i in found])
+        fall = torch.tensor([float(task.sigmas[k + 1] - task.sigmas[k]) for k, _ in found]).view(-1, 1, 1, 1, 1)
+        target = torch.empty_like(noisy)
+        target[second], target[~second] = due, change / fall
+        torch.testing.assert_close(loss.detach(), task.error(network(noisy, sigma, cond) - target).mean())
+    assert torch.equal(task.first.final_layer.linear.bias, first.final_layer.linear.bias) and not task.first.training
+
+
 def test_a_student_that_started_from_another_says_so(as_base, tmp_path, small):
     start = weights_path("student")
     weights = shutil.copytree(as_base, tmp_path / "w")
@@ -467,6 +500,9 @@ def test_bad_training_arguments_are_named(tmp_path):
         make_task(training.TrainArgs("student", trajectories=0), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="early is -1"):
         make_task(training.TrainArgs("student", early=-1), tmp_path, torch.device("cpu"))
+    for start, push in ((None, 1.0), (tmp_path / "student.safetensors", -1.0)):
+        with pytest.raises(InvalidValueError, match=f"push is {push}; it must be at least 0, and takes a student"):
+            make_task(training.TrainArgs("student", start=start, push=push), tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):
         train("teacher", tmp_path / "empty", 1)
     with pytest.raises(InvalidValueError, match="device 'tpu'"):

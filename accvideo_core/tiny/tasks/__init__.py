@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         raise InvalidValueError(f"trajectories is {args.trajectories}; it must be at least 1")
     if args.early < 0:
         raise InvalidValueError(f"early is {args.early}; it must be at least 0")
+    if args.push and (args.start is None or not 0 < args.push < math.inf):
+        raise InvalidValueError(f"push is {args.push}; it must be at least 0, and takes a student to push on: give --start, too")
     part, seed, run = args.part, args.seed, args.run / args.part
     if part == "vae":
         return VAETask(seed, device)
@@ -33,4 +36,4 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset, args.early, args.start)
+    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset, args.early, args.start, args.push)

@@ -15,17 +15,25 @@ from ...checkpoint.students import student_metadata
 from ...distill import segment_velocity
 from ...distill.adapters import adapter_for
 from ...distill.source import check_schedule
-from ...dit import HunyuanVideoDiT
+from ...dit import Conditioning, HunyuanVideoDiT
 from ...errors import InvalidValueError
 from ...schedule import key_indices, key_sigmas
 from ...synvid import SynVidDataset
-from ..clips import keyed_generator
+from ..clips import keyed_generator, sample_scenes
 from ..pipeline import TinyPipeline
+from ..prompts import open_some, write_prompt
 from ..share import Share
 from ..training import Defaults
-from .common import KEYS, PRESET, TEACHER_STEPS, block_matrices, draw_guidance, sample_sheet, save_weights
+from .common import KEYS, LATENT_SHAPE, PRESET, TEACHER_STEPS, block_matrices, draw_guidance, sample_sheet, save_weights
 from .flow import ShapeError
 from .trajectories import Capture
+
+
+def draw_noise_and_prompts(count: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    """(count, 16, 5, 8, 8) noise, and prompts that leave a random part open."""
+    scenes = sample_scenes(count, generator)
+    prompts = [write_prompt(open_some(scenes.names(i), generator), generator) for i in range(count)]
+    return torch.randn(count, *LATENT_SHAPE, generator=generator), prompts
 
 
 class StudentTask:
@@ -35,6 +43,11 @@ class StudentTask:
     What is to be seen is decided in the second segment, and in the third: they take many more trajectories to learn than the
     others, and nearly all that the student lacks of its teacher is lost there. So `early` trajectories end behind them and are
     solved in fewer steps, and a batch is mostly of these two.
+
+    What it cannot tell from the second segment's beginning comes out as a mean of what it may become, which later steps do not
+    part again. So in a last round, of a student to start from, `push` takes that segment's velocity on, away from that of one
+    step of the teacher's, the mean of all there is: as guidance does, and as the guided base was pushed from a weaker one. It
+    does so where the student itself arrives from new noise and prompts.
     """
 
     early_segments, early_steps = 3, 5  # and steps of each
@@ -52,6 +65,7 @@ class StudentTask:
         dataset: Path | None = None,
         early: int = 0,
         start: Path | None = None,
+        push: float = 0.0,
     ) -> None:
         from .. import load_tiny, part_hash
 
@@ -59,7 +73,11 @@ class StudentTask:
         self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "teacher")}
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         captured = dict(self.made_from)
-        self.network = copy.deepcopy(self.teacher) if start is None else self.begin_with(start)
+        self.first = self.teacher if start is None else self.begin_with(start)
+        self.push = push
+        if push:
+            self.made_from["push"] = str(push)
+        self.network = copy.deepcopy(self.first)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
         self.matrices = block_matrices(self.network)
@@ -83,7 +101,7 @@ class StudentTask:
 
     def begin_with(self, student: Path) -> HunyuanVideoDiT:
         """The network of a student's file. InvalidValueError if it is not of the teacher's size."""
-        network = load_student(student, self.device, torch.float32)
+        network = load_student(student, self.device, torch.float32).requires_grad_(False)
         if network.config != self.teacher.config:
             raise InvalidValueError(f"start is {str(student)!r}, which is not of the tiny teacher's size; choose a tiny student")
         self.made_from["start"] = hashlib.sha256(student.read_bytes()).hexdigest()
@@ -112,10 +130,26 @@ class StudentTask:
         places = list(zip(position.tolist(), index.tolist(), strict=True))
         noisier, cleaner = (torch.stack([self.latents[k + d][i].float() for k, i in places]).to(self.device) for d in (0, 1))
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
-        with torch.no_grad():
-            cond = self.text.condition([self.prompts[int(i)] for i in index], guidance)
         target = segment_velocity(noisier, cleaner, sigma, sigma_next)
+        prompts = [self.prompts[int(i)] for i in index]
+        second = (position == 1).nonzero()[:, 0]
+        if self.push and len(second):
+            noise, new = draw_noise_and_prompts(batch, generator)
+            for i in second.tolist():
+                prompts[i] = new[rows][i]
+            cond = self.text.condition([prompts[i] for i in second.tolist()], guidance[second])
+            noisier[second], target[second] = self.pushed(noise[rows][second].to(self.device), cond)
+        with torch.no_grad():
+            cond = self.text.condition(prompts, guidance)
         return self.error(self.network(noisier, sigma, cond).float() - target).mean()
+
+    @torch.no_grad()
+    def pushed(self, noise: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Where the student arrives by its first step, and the velocity its second is to have there."""
+        start, second = (level.expand(len(noise)) for level in self.sigmas[:2])
+        latent = noise + (self.sigmas[1] - self.sigmas[0]) * self.first(noise, start, cond).float()
+        mine = self.first(latent, second, cond).float()
+        return latent, mine + self.push * (mine - self.teacher(latent, second, cond).float())
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
