@@ -114,9 +114,9 @@ ours:
 above 1 we are faster. *Of the floor* is the share of the rate of one large matrix product that the blocks' multiplications
 reach.
 *Memory* is what a call takes beyond weights and inputs over what the widest layer's shapes require (nine numbers a token and
-channel). The kernel that bfloat16 takes on some CPUs adds a tile of scores, 512 queries by all keys: 1.3 numbers a token
-and channel in the 384 channels of 1k to 16k, 0.2 in the 3 072 of the full model, whose step is held to 2 % of what its
-shapes require by a test.
+channel). The kernel that bfloat16 takes on some CPUs adds a tile of scores, 512 queries by all keys; that and the table of
+rotations are two of these numbers in the 384 channels of 1k to 16k, and a quarter of one in the full model's 3 072, whose step
+a test holds to 2 % of what its shapes require.
 
 {table(head, rows)}
 
