@@ -42,6 +42,8 @@ class Args:
     """JSON lines of prompts, seeds and named attributes, as `accvideo evaluate` takes them."""
     rows: int = 100
     """The first so many rows."""
+    models: tuple[Which, ...] = ("teacher", "student")
+    """Which; what the JSON says of the same rows by the other stays."""
     json: Path | None = None
     """Also write the results here."""
 
@@ -89,9 +91,9 @@ def line(which: str, where: str, result: dict[str, Any]) -> str:
 def main() -> int:
     args = tyro.cli(Args)
     rows = read_plan(args.plan)[: args.rows]
-    kinds: tuple[Which, ...] = ("teacher", "student")
+    kinds = args.models
     library = {which: by_library(which, rows) for which in kinds}
-    results = {"library": {which: score(frames, rows) for which, frames in library.items()}}
+    results: dict[str, Any] = {"library": {which: score(frames, rows) for which, frames in library.items()}}
     for which in kinds:
         print(line(which, "library", results["library"][which]), flush=True)
     for checkout in find_checkouts():
@@ -107,6 +109,9 @@ def main() -> int:
         for which in kinds:
             print(line(which, checkout.name, results[checkout.name][which]), flush=True)
     if args.json:
+        known = json.loads(args.json.read_text(encoding="utf-8")) if args.json.exists() else {}
+        if known.get("rows") == len(rows):
+            results = {where: known.get(where, {}) | result for where, result in results.items()}
         args.json.write_text(json.dumps({"rows": len(rows), **results}, indent=1) + "\n", encoding="utf-8")
     return 0
 
