@@ -42,7 +42,7 @@ class StudentTask:
 
     What is to be seen is decided in the second segment, and in the third: they take many more trajectories to learn than the
     others, and nearly all that the student lacks of its teacher is lost there. So `early` trajectories end behind them and are
-    solved in fewer steps, and a batch is mostly of these two.
+    solved in fewer steps, and a student that goes on from an earlier one has batches mostly of these two.
 
     What it cannot tell from the second segment's beginning comes out as a mean of what it may become, which later steps do not
     part again. So in a last round, of a student to start from, `push` takes that segment's velocity on, away from that of one
@@ -51,7 +51,7 @@ class StudentTask:
     """
 
     early_segments, early_steps = 3, 5  # and steps of each
-    turns = (0, 1, 1, 1, 1, 1, 2, 2, 3, 4)  # the segments of a batch
+    later_turns = (0, 1, 1, 1, 1, 1, 2, 2, 3, 4)  # the segments of a batch, of a student that goes on
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
@@ -74,6 +74,7 @@ class StudentTask:
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         captured = dict(self.made_from)
         self.first = self.teacher if start is None else self.begin_with(start)
+        self.turns = tuple(range(KEYS)) if start is None else self.later_turns
         self.push = push
         if push:
             self.made_from["push"] = str(push)
