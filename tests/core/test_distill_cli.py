@@ -97,9 +97,10 @@ def test_the_tiny_student_learns_from_a_dataset_too(tiny_captured: Path, tmp_pat
     assert (told["dataset"], told["trajectories"]) == (data.digest, "4") and find_student("", told) == Student(5)
     task = StudentTask(0, torch.device("cpu"), weights, tmp_path / "unused", 1, tiny_captured)
     task.prepare(Share())
-    assert task.keys.shape == (4, 6, 16, 5, 8, 8) and task.prompts == [sample.prompt for sample in data.samples]
+    assert [latents.shape for latents in task.latents] == [(4, 16, 5, 8, 8)] * 6
+    assert task.prompts == [sample.prompt for sample in data.samples]
     for key in range(6):
-        assert torch.equal(task.keys[2, 5 - key].float(), data.trajectory(2)[key].half().float())
+        assert torch.equal(task.latents[5 - key][2].float(), data.trajectory(2)[key].half().float())
     state = load_file(weights / "teacher.safetensors")
     state["img_in.proj.bias"] = state["img_in.proj.bias"] + 1
     save_file(state, weights / "teacher.safetensors")
