@@ -248,7 +248,7 @@ class TestProducts:
             q, k, v = own.permute(2, 0, 3, 1, 4)
             with Peak([own]) as peak:
                 out = attention(q, k, v, None, "products", over=True)
-        assert torch.equal(out, due) and torch.equal(own[:, :, 1:], given[:, :, 1:])
+        assert error(out, due.float()) < 5e-3 and torch.equal(own[:, :, 1:], given[:, :, 1:])
         tile = min(2 * rows, max(1, 2**19 // (min(512, tokens) * tokens))) * min(512, tokens) * tokens
         if rows == 1:
             assert out.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() and peak.peak == 2 * tile
