@@ -135,9 +135,10 @@ class StudentTask:
         prompts = [self.prompts[int(i)] for i in index]
         second = (position == 1).nonzero()[:, 0]
         if self.push and len(second):
-            noise, new = draw_noise_and_prompts(batch, generator)
+            noise, drawn = draw_noise_and_prompts(batch, generator)
+            new = drawn[rows]
             for i in second.tolist():
-                prompts[i] = new[rows][i]
+                prompts[i] = new[i]
             cond = self.text.condition([prompts[i] for i in second.tolist()], guidance[second])
             noisier[second], target[second] = self.pushed(noise[rows][second].to(self.device), cond)
         with torch.no_grad():
