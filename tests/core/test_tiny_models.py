@@ -352,7 +352,9 @@ def test_a_students_first_steps_are_pushed_on_from_the_teachers(as_base, tmp_pat
         at = (position == 1).view(-1, 1, 1, 1, 1)
         torch.testing.assert_close(latent, torch.where(at, arrived, noise), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(due, torch.where(at, on(arrived, 1), on(noise, 0)), rtol=1e-4, atol=1e-4)
-        found = [(k, i) for x in noisy[~new] for k in range(5) for i, y in enumerate(task.latents[k]) if torch.equal(y.float(), x)]
+        found = [
+            (k, i) for x in noisy[~new] for k in range(5) for i, y in enumerate(task.latents[k]) if torch.equal(y.float(), x)
+        ]
         change = torch.stack([task.latents[k + 1][i].float() - task.latents[k][i].float() for k, i in found])
         fall = torch.tensor([float(task.sigmas[k + 1] - task.sigmas[k]) for k, _ in found]).view(-1, 1, 1, 1, 1)
         target = torch.empty_like(noisy)

@@ -148,7 +148,7 @@ class StudentTask:
 
     @torch.no_grad()
     def pushed(self, noise: Tensor, position: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """Where the pushed student arrives before its step `position` (B,), the first is 0, and the velocity it is to have there."""
+        """Where the pushed student arrives before its step `position` (B,), and the velocity it is to have there."""
         latent, there, due = noise, noise.clone(), torch.zeros_like(noise)
         for step in range(int(position.max()) + 1):
             sigma, here = self.sigmas[step].expand(len(noise)), position == step
