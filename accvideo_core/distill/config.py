@@ -39,6 +39,8 @@ class TrainConfig:
     """softplus is non-saturating."""
     heads: Heads = "per-key"
     """A head for every key, or one for all."""
+    head_keys: int | None = None
+    """So many keys have a head, from the clean one on; default: all. The noisier ones' may see nothing (docs/training.md)."""
     head: Kind = "2d"
     """Heads that see each frame alone, or also its neighbours."""
     head_channels: int = 256
@@ -138,6 +140,7 @@ _LEAST = {
     "adversarial_weight": 0,
     "r1_weight": 0,
     "head_warmup": 0,
+    "head_keys": 1,
     "queue_length": 1,
     "warmup": 0,
     "weight_decay": 0,

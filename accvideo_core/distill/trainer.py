@@ -119,8 +119,9 @@ class Trainer:
         self.feature_blocks = [c.clean_block or clean] + [c.noisy_block or noisy] * (self.segments - 1)
         for block in self.feature_blocks:
             self.adapter.check_block(teacher, block)
+        self.head_keys = min(c.head_keys or self.segments, self.segments)
         heads = Discriminator(
-            self.adapter.width(teacher), self.segments, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed
+            self.adapter.width(teacher), self.head_keys, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed
         )
         self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
         self.heads = self.world.shard(heads, [f"heads.{i}" for i in range(len(heads.heads))])
@@ -150,7 +151,8 @@ class Trainer:
                     self.queues.push(self.segments, Entry(draw, noise))
                 entry = self.queues.pop(key + 1)
                 if entry is not None:
-                    self.queues.push(key, self.update_by_heads(iteration, key, entry))
+                    judged = key < self.head_keys
+                    self.queues.push(key, self.update_by_heads(iteration, key, entry) if judged else self.step_on(key, entry))
         self.ema.update(self.student)
 
     def update_by_trajectory(self, iteration: int, draw: int, key: int, batch: Batch) -> None:
@@ -194,6 +196,17 @@ class Trainer:
         if felt:
             self._step(self.optimizer, self.trained, "adversarial", iteration, key)
         self._step(self.head_optimizer, list(self.heads.parameters()), "heads", iteration, key)
+        return Entry(entry.draw, torch.cat(made))
+
+    @torch.no_grad()
+    def step_on(self, key: int, entry: Entry) -> Entry:
+        """A queue's entry one student step further, to a key without a head."""
+        told = self.adapter.conditioning(self.source.batch(entry.draw, key).to(self.world.device), self.source.guidance)
+        made = []
+        for at, _ in self._micro_batches():
+            noisy = entry.latent[at]
+            high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
+            made.append(euler_step(noisy, self.velocity(noisy, high, told.rows(at)), high, low))
         return Entry(entry.draw, torch.cat(made))
 
     def _backward_head(

@@ -116,6 +116,17 @@ def test_while_the_heads_warm_up_they_learn_and_the_student_does_not_feel_them()
     assert float(run.scalars["gradient/adversarial/key_0"]) > 0
 
 
+def test_only_so_many_keys_have_a_head_and_the_others_are_stepped_over() -> None:
+    run, log = recorded(1, trajectory_weight=0.0, head_keys=1, micro_batch=3)
+    steps = [("student", 1.0)] * 2 + [("student", 0.8)] * 2  # of 4 rows, without a gradient
+    steps += [("student", 0.5), ("fake", 0.0), ("real", 0.0)] * 2 + [("student step", 0.0), ("head step", 0.0)]
+    assert [(what, sigma) for what, sigma, _, _ in log] == steps and len(run.heads.heads) == 1
+    latent = keyed_noise(torch.empty(4, 4, 2, 4, 6), 0, "noise", 0, 0)
+    for high, low in ((1.0, 0.8), (0.8, 0.5)):
+        latent = latent + (torch.tensor(low) - torch.tensor(high)) * (0.3 * latent)
+    torch.testing.assert_close(torch.cat([log[4][2], log[7][2]]), latent)
+
+
 def generated(log: Sequence[tuple[str, float, Tensor, float]]) -> list[tuple[float, Tensor, float]]:
     """(sigma, input, the student's number) of the student's own steps: those whose output the teacher sees next."""
     pairs = zip(log, log[1:], strict=False)

@@ -72,6 +72,7 @@ def usual() -> dict[str, Tensor]:
         {"seed": 1},
         {"queue_length": 2},
         {"head_warmup": 1},
+        {"head_keys": 1},
     ],
     ids=str,
 )
