@@ -32,7 +32,7 @@ class TrainConfig:
     adversarial_weight: float = 0.1
     """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with teacher and heads."""
     head_warmup: int = 0
-    """Iterations at the beginning in which the heads learn and the student does not feel them yet."""
+    """Iterations at the beginning in which the heads alone learn and the student stands still."""
     target: Literal["velocity", "x0"] = "velocity"
     """What the trajectory loss regresses: the segment's velocity (Eq. 6), or the trajectory's clean end."""
     gan_loss: Gan = "softplus"
@@ -123,12 +123,19 @@ class TrainConfig:
                 return f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}"
         return ""
 
-    def learning_rate_share(self, iteration: int) -> float:
-        """Of the peak, for an iteration counted from 0: linear warm-up, then as `decay` says."""
-        rising = min(1.0, (iteration + 1) / max(1, self.warmup))
+    @property
+    def student_start(self) -> int:
+        """The iteration, counted from 0, in which the student begins to learn."""
+        return self.head_warmup if self.adversarial_weight else 0
+
+    def learning_rate_share(self, iteration: int, start: int = 0) -> float:
+        """Of the peak, for an iteration counted from 0, of what learns from iteration `start` on: linear warm-up, then as `decay`
+        says."""
+        iteration -= start
+        rising = max(0.0, min(1.0, (iteration + 1) / max(1, self.warmup)))
         if self.decay == "constant" or iteration < self.warmup:
             return rising
-        done = (iteration - self.warmup) / max(1, self.iterations - self.warmup)
+        done = (iteration - self.warmup) / max(1, self.iterations - start - self.warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 

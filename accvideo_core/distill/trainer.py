@@ -143,7 +143,7 @@ class Trainer:
         for key in reversed(range(self.segments)):
             draw = iteration * self.segments + self.segments - 1 - key
             batch = self.source.batch(draw, key).to(self.world.device)
-            if self.config.trajectory_weight:
+            if self.config.trajectory_weight and iteration >= self.config.student_start:
                 self.update_by_trajectory(iteration, draw, key, batch)
             if self.config.adversarial_weight:
                 if key == self.segments - 1:
@@ -175,7 +175,7 @@ class Trainer:
         so their gradients are computed together; the student's step is taken first, and none while the heads warm up. Returns
         the student's latents at `key`.
         """
-        felt = iteration >= self.config.head_warmup
+        felt = iteration >= self.config.student_start
         real = self.source.batch(entry.draw, key).to(self.world.device)
         told = self.adapter.conditioning(real, self.source.guidance)
         gan, weight, made = GAN_LOSSES[self.config.gan_loss], self.config.adversarial_weight, []
@@ -265,10 +265,10 @@ class Trainer:
         self.scalars[name] += share * value.detach()
 
     def _set_learning_rates(self, iteration: int) -> None:
-        share = self.config.learning_rate_share(iteration)
-        self.optimizer.param_groups[0]["lr"] = share * self.config.lr
+        c = self.config
+        self.optimizer.param_groups[0]["lr"] = c.lr * c.learning_rate_share(iteration, c.student_start)
         if self.teacher is not None:
-            self.head_optimizer.param_groups[0]["lr"] = share * self.config.head_lr
+            self.head_optimizer.param_groups[0]["lr"] = c.head_lr * c.learning_rate_share(iteration)
 
     # ---- the run around it ------------------------------------------------------------------------------------------------
 

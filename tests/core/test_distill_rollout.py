@@ -108,12 +108,15 @@ def test_one_weight_of_zero_leaves_its_half_out() -> None:
     assert run.teacher is None and [what for what, *_ in run.adapter.log] == ["student"] * 3
 
 
-def test_while_the_heads_warm_up_they_learn_and_the_student_does_not_feel_them() -> None:
-    run, log = recorded(2, head_warmup=1, trajectory_weight=0.0)
+def test_while_the_heads_warm_up_they_learn_and_the_student_stands_still() -> None:
+    run, log = recorded(2, head_warmup=1)
     steps = [what for what, *_ in log if what.endswith("step")]
-    assert steps == ["head step"] * 3 + ["student step", "head step"] * 3
+    assert steps == ["head step"] * 3 + ["student step", "student step", "head step"] * 3
     assert [number for what, _, _, number in log if what == "student"][:4] == pytest.approx([0.3] * 4)
     assert float(run.scalars["gradient/adversarial/key_0"]) > 0
+    alone = trainer(student=Line(0.3), adapter=Recording(), source=MadeUp(sigmas=SIGMAS), adversarial_weight=0.0, head_warmup=1)
+    alone.iteration(0)  # without heads there is nothing to wait for
+    assert float(alone.student.number.detach()) != pytest.approx(0.3)
 
 
 def test_only_so_many_keys_have_a_head_and_the_others_are_stepped_over() -> None:

@@ -109,6 +109,11 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         shares = [config.learning_rate_share(i) for i in (0, 4, 9, 10, 55, 100)]
         assert shares[:4] == pytest.approx([0.1, 0.5, 1.0, 1.0]) and shares[5] == pytest.approx(last)
         assert shares[4] == pytest.approx((1 + last) / 2)
+        late = TrainConfig(iterations=130, warmup=10, decay=decay, head_warmup=30)  # the student's, behind the heads' warm-up
+        assert [late.learning_rate_share(i, late.student_start) for i in (34, 39, 85, 130)] == pytest.approx(
+            shares[1:3] + shares[4:]
+        )
+        assert late.learning_rate_share(29, 30) == 0
 
 
 @pytest.mark.parametrize(
