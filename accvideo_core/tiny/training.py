@@ -65,8 +65,8 @@ class TrainArgs:
     """Student only: so many more trajectories, captured here, as far as the segments that need the most of them."""
     start: Path | None = None
     """Student only: the file of a student to begin with, instead of the teacher."""
-    push: tuple[float, ...] = ()
-    """Student only, with --start: how far to push that student's first steps on from the teacher's, a number for each step."""
+    push: float = 0.0
+    """Student only, with --start: how far to push that student's second step on from a step of the teacher's."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 

@@ -9,7 +9,6 @@ import torch
 
 from ...errors import InvalidValueError
 from ..training import Task, TrainArgs
-from .common import KEYS
 from .flow import BaseTask, GuidedTask, TeacherTask
 from .student import StudentTask
 from .vae import DecoderTask, VAETask
@@ -24,10 +23,8 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         raise InvalidValueError(f"trajectories is {args.trajectories}; it must be at least 1")
     if args.early < 0:
         raise InvalidValueError(f"early is {args.early}; it must be at least 0")
-    if args.push and (args.start is None or len(args.push) > KEYS or not all(0 <= push < math.inf for push in args.push)):
-        raise InvalidValueError(
-            f"push is {args.push}; it must be at most {KEYS} numbers from 0 on, and takes a student to push on: give --start, too"
-        )
+    if args.push and (args.start is None or not 0 < args.push < math.inf):
+        raise InvalidValueError(f"push is {args.push}; it must be at least 0, and takes a student to push on: give --start, too")
     part, seed, run = args.part, args.seed, args.run / args.part
     if part == "vae":
         return VAETask(seed, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,15 +44,14 @@ class StudentTask:
     others, and nearly all that the student lacks of its teacher is lost there. So `early` trajectories end behind them and are
     solved in fewer steps, and a student that goes on from an earlier one has batches mostly of these two.
 
-    What it cannot tell from the beginning of a segment comes out as a mean of what it may become, which later steps do not part
-    again. So in a last round, of a student to start from, `push` takes the velocities of its first steps on, by a factor each,
-    away from that of one step of the teacher's, the mean of all there is: as guidance does, and as the guided base was pushed
-    from a weaker one. It does so where the student itself arrives, pushed, from new noise and prompts.
+    What it cannot tell from the second segment's beginning comes out as a mean of what it may become, which later steps do not
+    part again. So in a last round, of a student to start from, `push` takes that segment's velocity on, away from that of one
+    step of the teacher's, the mean of all there is: as guidance does, and as the guided base was pushed from a weaker one. It
+    does so where the student itself arrives from new noise and prompts.
     """
 
     early_segments, early_steps = 3, 5  # and steps of each
     later_turns = (0, 1, 1, 1, 1, 1, 2, 2, 3, 4)  # the segments of a batch, of a student that goes on
-    pushed_turns = (0, 0, 0, 1, 1, 1, 1, 2, 3, 4)  # of one that is pushed
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
@@ -67,7 +65,7 @@ class StudentTask:
         dataset: Path | None = None,
         early: int = 0,
         start: Path | None = None,
-        push: Sequence[float] = (),
+        push: float = 0.0,
     ) -> None:
         from .. import load_tiny, part_hash
 
@@ -76,10 +74,10 @@ class StudentTask:
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         captured = dict(self.made_from)
         self.first = self.teacher if start is None else self.begin_with(start)
-        self.turns = tuple(range(KEYS)) if start is None else self.pushed_turns if push else self.later_turns
-        self.push = (*push, *[0.0] * (KEYS - len(push)))
+        self.turns = tuple(range(KEYS)) if start is None else self.later_turns
+        self.push = push
         if push:
-            self.made_from["push"] = ", ".join(map(str, push))
+            self.made_from["push"] = str(push)
         self.network = copy.deepcopy(self.first)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
@@ -135,28 +133,25 @@ class StudentTask:
         sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
         target = segment_velocity(noisier, cleaner, sigma, sigma_next)
         prompts = [self.prompts[int(i)] for i in index]
-        new = torch.tensor(self.push)[position].nonzero()[:, 0]
-        if len(new):
+        second = (position == 1).nonzero()[:, 0]
+        if self.push and len(second):
             noise, drawn = draw_noise_and_prompts(batch, generator)
-            for i in new.tolist():
-                prompts[i] = drawn[rows][i]
-            cond = self.text.condition([prompts[i] for i in new.tolist()], guidance[new])
-            noisier[new], target[new] = self.pushed(noise[rows][new].to(self.device), position[new], cond)
+            new = drawn[rows]
+            for i in second.tolist():
+                prompts[i] = new[i]
+            cond = self.text.condition([prompts[i] for i in second.tolist()], guidance[second])
+            noisier[second], target[second] = self.pushed(noise[rows][second].to(self.device), cond)
         with torch.no_grad():
             cond = self.text.condition(prompts, guidance)
         return self.error(self.network(noisier, sigma, cond).float() - target).mean()
 
     @torch.no_grad()
-    def pushed(self, noise: Tensor, position: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """Where the pushed student arrives before its step `position` (B,), and the velocity it is to have there."""
-        latent, there, due = noise, noise.clone(), torch.zeros_like(noise)
-        for step in range(int(position.max()) + 1):
-            sigma, here = self.sigmas[step].expand(len(noise)), position == step
-            mine = self.first(latent, sigma, cond).float()
-            velocity = mine + self.push[step] * (mine - self.teacher(latent, sigma, cond).float())
-            there[here], due[here] = latent[here], velocity[here]
-            latent = latent + (self.sigmas[step + 1] - self.sigmas[step]) * velocity
-        return there, due
+    def pushed(self, noise: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Where the student arrives by its first step, and the velocity its second is to have there."""
+        start, second = (level.expand(len(noise)) for level in self.sigmas[:2])
+        latent = noise + (self.sigmas[1] - self.sigmas[0]) * self.first(noise, start, cond).float()
+        mine = self.first(latent, second, cond).float()
+        return latent, mine + self.push * (mine - self.teacher(latent, second, cond).float())
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
