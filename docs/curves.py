@@ -22,7 +22,7 @@ ROWS = (  # of panels: what each shows, by key; whether its axis is logarithmic
     ("logits/", "logits: real solid, fake dashed", False),
     ("heads/right/", "share a head gets right", False),
     ("gradient/ratio/", "adversarial over trajectory gradient", True),
-    ("validation/rolled/", "held out: distance to the teacher's key", False),
+    ("validation/rolled/", "held out: distance to the teacher's key", True),
 )
 COLOURS = (plots.VERMILION, plots.ORANGE, plots.GREEN, plots.SKY, plots.BLUE)  # key 0, the clean one, first
 
@@ -60,7 +60,7 @@ def main() -> None:
                     axes.plot(steps, values, style, color=COLOURS[key % len(COLOURS)], linewidth=1.1, label=label)
             if logarithmic:
                 axes.set_yscale("log")
-    grid[0][-1].legend(fontsize=7, loc="upper right")
+    grid[0][0].legend(fontsize=7, loc="upper right")
     plots.save(figure, args.out)
     print(args.out)
 
