@@ -89,7 +89,7 @@ class Bench:
 
     @torch.inference_mode()
     def features(self, key: int) -> tuple[Tensor, Tensor]:
-        """(real, fake) (N, tokens, D) float16 on the CPU; without a fake one if the student is not what is asked for."""
+        """(real, fake) (N, tokens, D) float16 on the CPU. Against wrong clips both are the teacher's."""
         clean, noisy = self.adapter.feature_blocks(self.teacher)
         block, last = clean if key == 0 else noisy, len(self.sigmas) - 1 - key
         made: tuple[list[Tensor], list[Tensor]] = ([], [])
