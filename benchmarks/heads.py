@@ -88,23 +88,22 @@ class Bench:
         self.sigmas = PRESET.sigmas()  # noise first
 
     @torch.inference_mode()
-    def features(self, key: int) -> tuple[Tensor, Tensor]:
-        """(real, fake) (N, tokens, D) float16 on the CPU. Against wrong clips both are the teacher's."""
+    def features(self, key: int, of: Literal["teacher", "student"]) -> Tensor:
+        """(N, tokens, D) float16 on the CPU: what the frozen teacher sees in the latents of either at a key."""
         clean, noisy = self.adapter.feature_blocks(self.teacher)
-        block, last = clean if key == 0 else noisy, len(self.sigmas) - 1 - key
-        made: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for start in tqdm(range(0, len(self.prompts), CHUNK), f"features, key {key}", leave=False):
+        block, last, made = clean if key == 0 else noisy, len(self.sigmas) - 1 - key, []
+        for start in tqdm(range(0, len(self.prompts), CHUNK), f"features of the {of}, key {key}", leave=False):
             rows = range(start, min(start + CHUNK, len(self.prompts)))
             told = self.text.condition([self.prompts[i] for i in rows], torch.full((len(rows),), PRESET.guidance or 0.0))
-            shown = [self.latents(rows, key)]
             with self.precision():
-                if self.args.against == "student":
+                if of == "student":
                     noise = self.noise[rows.start : rows.stop].to(self.device)
-                    shown.append(euler_flow(lambda x, s, c=told: self.student(x, s, c), noise, self.sigmas[: last + 1]))
-                for latents, kept in zip(shown, made, strict=False):
-                    level = self.sigmas[last].expand(len(rows)).to(self.device)
-                    kept.append(self.adapter.features(self.teacher, latents, level, told, block).half().cpu())
-        return torch.cat(made[0]), torch.cat(made[1] or made[0])
+                    latents = euler_flow(lambda x, s, c=told: self.student(x, s, c), noise, self.sigmas[: last + 1])
+                else:
+                    latents = self.latents(rows, key)
+                level = self.sigmas[last].expand(len(rows)).to(self.device)
+                made.append(self.adapter.features(self.teacher, latents, level, told, block).half().cpu())
+        return torch.cat(made)
 
     def latents(self, rows: range, key: int) -> Tensor:
         """The teacher's, (B, C, T, H, W)."""
@@ -131,11 +130,13 @@ class Bench:
 
     def learn(self, key: int) -> list[dict[str, Any]]:
         """What the head of a key gets right as it learns."""
-        args, shown, named = self.args, self.features(key), torch.tensor([len(read_prompt(prompt)) for prompt in self.prompts])
+        args, named = self.args, torch.tensor([len(read_prompt(prompt)) for prompt in self.prompts])
+        real = self.features(key, "teacher")
+        shown = real, self.features(key, "student") if args.against == "student" else real
         learned, held = zip(*(numbers.tensor_split([len(numbers) * 3 // 4]) for numbers in self.sets()), strict=True)
         alike = named[held[0]][:, None] == named[held[1]]
         grid = self.adapter.grid(self.teacher, self.noise.shape)
-        head = Discriminator(shown[0].shape[-1], 1, kind=args.kind, channels=args.channels, seed=args.seed).to(self.device)
+        head = Discriminator(real.shape[-1], 1, kind=args.kind, channels=args.channels, seed=args.seed).to(self.device)
         optimizer = AdamW(head.parameters(), args.lr, (0.0, 0.99))
         generator = torch.Generator().manual_seed(args.seed)
 
@@ -154,9 +155,9 @@ class Bench:
             if done % args.every == 0:
                 with torch.no_grad():
                     parts = ([logits(x[part]) for part in numbers.split(CHUNK)] for x, numbers in zip(shown, held, strict=True))
-                    real, fake = map(torch.cat, parts)
-                tokens = float(((real > 0).float().mean() + (fake < 0).float().mean()) / 2)
-                pairs = float((real.mean(1)[:, None] > fake.mean(1))[alike.to(real.device)].float().mean())
+                    ours, theirs = map(torch.cat, parts)
+                tokens = float(((ours > 0).float().mean() + (theirs < 0).float().mean()) / 2)
+                pairs = float((ours.mean(1)[:, None] > theirs.mean(1))[alike.to(ours.device)].float().mean())
                 rows.append({"key": key, "updates": done, "loss": float(loss.detach()), "tokens": tokens, "pairs": pairs})
                 print(f"key {key}, {done:5d} updates: tokens {100 * tokens:.0f} %, pairs {100 * pairs:.0f} %", flush=True)
         return rows

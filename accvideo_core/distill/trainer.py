@@ -180,11 +180,10 @@ class Trainer:
         told = self.adapter.conditioning(real, self.source.guidance)
         gan, weight, made = GAN_LOSSES[self.config.gan_loss], self.config.adversarial_weight, []
         for at, share in self._micro_batches():
-            noisy, text = entry.latent[at], told.rows(at)
-            high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
+            text = told.rows(at)
             self.heads.requires_grad_(False)
             with torch.set_grad_enabled(felt):
-                fake = euler_step(noisy, self.velocity(noisy, high, text), high, low)
+                fake = self.stepped(entry.latent[at], key, text)
                 fake_features = self.features(fake, key, text)
                 loss = gan.student(self.heads(fake_features, key, self._grid(fake)))
             if felt:
@@ -202,11 +201,7 @@ class Trainer:
     def step_on(self, key: int, entry: Entry) -> Entry:
         """A queue's entry one student step further, to a key without a head."""
         told = self.adapter.conditioning(self.source.batch(entry.draw, key).to(self.world.device), self.source.guidance)
-        made = []
-        for at, _ in self._micro_batches():
-            noisy = entry.latent[at]
-            high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
-            made.append(euler_step(noisy, self.velocity(noisy, high, told.rows(at)), high, low))
+        made = [self.stepped(entry.latent[at], key, told.rows(at)) for at, _ in self._micro_batches()]
         return Entry(entry.draw, torch.cat(made))
 
     def _backward_head(
@@ -229,6 +224,11 @@ class Trainer:
         self._see(f"logits/fake/key_{key}", fake_logits.mean(), share)
         right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         self._see(f"heads/right/key_{key}", right, share)
+
+    def stepped(self, latent: Tensor, key: int, conditioning: Any) -> Tensor:
+        """Latents at key + 1, one Euler step of the student's further, at `key`."""
+        high, low = self._levels(key + 1, latent), self._levels(key, latent)
+        return euler_step(latent, self.velocity(latent, high, conditioning), high, low)
 
     def velocity(self, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """The student's, (B, C, T, H, W) float32."""
