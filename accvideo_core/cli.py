@@ -48,6 +48,7 @@ COMMANDS = {
     "extract-lora": Command("lora.extract_command", "ExtractArgs", "the difference of two checkpoints as a LoRA"),
     "convert": Command("checkpoint.convert", "ConvertArgs", "a checkpoint in another layout or dtype"),
     "tiny prompts": Command("studies.plans", "PlanArgs", "prompts of the tiny world, to capture from and to judge by"),
+    "tiny judge": Command("studies.judge", "JudgeArgs", "which captured trajectories of the tiny world are right"),
     "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, teacher, student"),
 }
 

@@ -63,7 +63,11 @@ class MadeUp:
 
 def trainer(config: DiTConfig = MINUTE, teacher: nn.Module | None = None, source: Any = None, **chosen: Any) -> Trainer:
     """One process on the CPU; `chosen` are fields of TrainConfig, or Trainer's own arguments."""
-    own = {name: chosen.pop(name) for name in ("folder", "held_out", "observers", "show", "adapter", "student") if name in chosen}
+    own = {
+        name: chosen.pop(name)
+        for name in ("folder", "held_out", "judged", "observers", "show", "adapter", "student")
+        if name in chosen
+    }
     adapter, student = own.pop("adapter", HunyuanAdapter("tiny")), own.pop("student", None) or network(config)
     settings = TrainConfig(**QUICK | chosen)
     world = World(device=torch.device("cpu"))

@@ -39,8 +39,8 @@ class TrainConfig:
     """softplus is non-saturating."""
     heads: Heads = "per-key"
     """A head for every key, or one for all."""
-    head_keys: int | None = None
-    """So many keys have a head, from the clean one on; default: all. The noisier ones' may see nothing (docs/training.md)."""
+    head_keys: tuple[int, ...] | None = None
+    """The keys that have a head, 0 the clean one; default: all. Some may see nothing (docs/training.md)."""
     head: Kind = "2d"
     """Heads that see each frame alone, or also its neighbours."""
     head_channels: int = 256
@@ -51,6 +51,8 @@ class TrainConfig:
     """Block whose features the clean key's head sees; default: at two thirds of the depth."""
     noisy_block: str | None = None
     """Block whose features the noisy keys' heads see; default: the last."""
+    rejected_share: float = 0.25
+    """Where trajectories were judged: so much of what the heads are to call fake are rejected ones, the rest is the student's."""
     r1_weight: float = 0.0
     """Weight of the approximate R1 penalty of the heads; 0 leaves it out."""
     r1_sigma: float = 0.01
@@ -113,9 +115,11 @@ class TrainConfig:
         for name in ("lr", "head_lr", "clip", "r1_sigma"):
             if not 0 < getattr(self, name) < math.inf:
                 return f"{name} is {getattr(self, name)}; it must be a finite number above 0"
-        for name in ("ema", "beta1", "beta2"):
+        for name in ("ema", "beta1", "beta2", "rejected_share"):
             if not 0 <= getattr(self, name) < 1:
                 return f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+        if self.head_keys is not None and (not self.head_keys or min(self.head_keys) < 0):
+            return f"head_keys are {self.head_keys}; name keys from 0, the clean one, on, or leave it out for all"
         if self.trajectory_weight == self.adversarial_weight == 0:
             return "trajectory_weight and adversarial_weight are both 0, so there is nothing to learn; set one of them"
         for name, choices in _CHOICES.items():
@@ -147,7 +151,6 @@ _LEAST = {
     "adversarial_weight": 0,
     "r1_weight": 0,
     "head_warmup": 0,
-    "head_keys": 1,
     "queue_length": 1,
     "warmup": 0,
     "weight_decay": 0,

@@ -37,38 +37,48 @@ def euler_step(noisier: Tensor, velocity: Tensor, sigma_noisier: Tensor, sigma_c
 
 
 class GanLoss(NamedTuple):
-    """student(fake logits) and head(real logits, fake logits), each a scalar to be minimised; logits of any shape, the larger
-    the more real, D = sigmoid(logit)."""
+    """What is minimised, of each logit; logits of any shape, the larger the more real, D = sigmoid(logit).
+
+    student  of what the student made
+    real     of what a head should call real
+    fake     of what it should call fake
+    """
 
     student: Callable[[Tensor], Tensor]
-    head: Callable[[Tensor, Tensor], Tensor]
+    real: Callable[[Tensor], Tensor]
+    fake: Callable[[Tensor], Tensor]
+
+    def head(self, real: Tensor, fake: Tensor) -> Tensor:
+        """A head's loss, a scalar."""
+        return self.real(real).mean() + self.fake(fake).mean()
 
 
-def softplus_student_loss(fake: Tensor) -> Tensor:
-    """-log D(fake). Eq. 7 has the student minimise log(1 - D(fake)), whose gradient vanishes where the head wins, as it does
-    at first; this is the usual non-saturating form with the same fixed point (Goodfellow et al., arXiv 1406.2661, section 3)."""
-    return softplus(-fake).mean()
+def minus_log(logit: Tensor) -> Tensor:
+    """-log D. Eq. 7 has the student minimise log(1 - D(fake)), whose gradient vanishes where the head wins, as it does at first;
+    this is the usual non-saturating form with the same fixed point (Goodfellow et al., arXiv 1406.2661, section 3). A head
+    minimises it of real logits and `minus_log_not` of fake ones: Eqs. 7 and 8 as it sees them."""
+    return softplus(-logit)
 
 
-def softplus_head_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Eqs. 7 and 8 as the head sees them: -log D(real) - log(1 - D(fake))."""
-    return softplus(-real).mean() + softplus(fake).mean()
+def minus_log_not(logit: Tensor) -> Tensor:
+    """-log(1 - D)."""
+    return softplus(logit)
 
 
-def hinge_student_loss(fake: Tensor) -> Tensor:
-    """-logit of the fake (Lim and Ye, arXiv 1705.02894)."""
-    return -fake.mean()
+def hinge_real(logit: Tensor) -> Tensor:
+    """max(0, 1 - logit), with `hinge_fake` no gradient from what is told apart by a margin (Lim and Ye, arXiv 1705.02894)."""
+    return relu(1 - logit)
 
 
-def hinge_head_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """max(0, 1 - real) + max(0, 1 + fake): no gradient from what is told apart by a margin."""
-    return relu(1 - real).mean() + relu(1 + fake).mean()
+def hinge_fake(logit: Tensor) -> Tensor:
+    """max(0, 1 + logit)."""
+    return relu(1 + logit)
 
 
 GAN_LOSSES: MappingProxyType[str, GanLoss] = MappingProxyType(
     {
-        "softplus": GanLoss(softplus_student_loss, softplus_head_loss),
-        "hinge": GanLoss(hinge_student_loss, hinge_head_loss),
+        "softplus": GanLoss(minus_log, minus_log, minus_log_not),
+        "hinge": GanLoss(torch.neg, hinge_real, hinge_fake),
     }
 )
 

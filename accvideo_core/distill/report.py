@@ -18,6 +18,7 @@ _LINE = {  # what of the scalars stands in the line: title and the names whose m
     "heads": "adversarial/heads/",
     "real": "logits/real/",
     "fake": "logits/fake/",
+    "rejected": "logits/rejected/",
     "right": "heads/right/",
     "ratio": "gradient/ratio/",
     "rolled": "validation/rolled/",

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..errors import SynVidError
 from ..schedule import get_preset, key_sigmas
 from ..synvid import Batch, Header, SynVidDataset, SynVidSampler
+from ..synvid.verdicts import digest, read_verdicts
 
 
 class Source(Protocol):
@@ -65,6 +67,51 @@ class SynVidSource:
         return {name: state[name] for name in ("seed", "batch", "samples", "digest")} | {
             "fingerprint": self.dataset.header.fingerprint
         }
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Trajectories by verdict, for the heads: accepted ones are real, rejected ones fake, as is what the student makes.
+
+    weights  by sample id, of mean 1 among the accepted and among the rejected
+    digest   of the verdicts
+    """
+
+    accepted: Source
+    rejected: Source | None
+    weights: Mapping[str, float]
+    digest: str
+
+    @classmethod
+    def of(
+        cls,
+        path: str | os.PathLike[str],
+        address: str | os.PathLike[str],
+        dataset: SynVidDataset,
+        batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> Judged:
+        """The trajectories of a dataset, at an address, by the verdicts of a file. Those without one are neither real nor fake.
+        SynVidError unless accepted ones, and rejected ones if there are any, make a batch."""
+        verdicts = read_verdicts(path)
+        known = {sample.id: verdicts[sample.id] for sample in dataset.samples if sample.id in verdicts}
+        weights: dict[str, float] = {}
+
+        def part(accepted: bool) -> SynVidSource:
+            chosen = {name: verdict.weight for name, verdict in known.items() if verdict.accepted is accepted}
+            if len(chosen) < batch:
+                raise SynVidError(
+                    f"{str(path)!r} {'accepts' if accepted else 'rejects'} {len(chosen)} of the {len(dataset)} samples to train "
+                    f"on, fewer than a batch of {batch}; judge more of them (by the dataset's own ids), or choose a smaller batch"
+                )
+            mean = sum(chosen.values()) / len(chosen)
+            weights.update({name: weight / mean for name, weight in chosen.items()})
+            return SynVidSource(SynVidDataset(address, ids=chosen), batch, seed, rank, world)
+
+        accepted, rejects = part(True), any(not verdict.accepted for verdict in known.values())
+        return cls(accepted, part(False) if rejects else None, weights, digest(known))
 
 
 def split(address: str | os.PathLike[str], held_out: int, seed: int = 0) -> tuple[SynVidDataset, SynVidDataset | None]:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from ..errors import InvalidValueError, TrainingError
 from ..files import atomic_path
 from ..synvid import Batch
 from . import state
-from .adapters import Adapter
+from .adapters import Adapter, Told
 from .config import TrainConfig, differences, settings_of
 from .discriminator import Discriminator
 from .health import Health, check_finite
@@ -33,7 +33,7 @@ from .losses import GAN_LOSSES, approximate_r1, euler_step, trajectory_loss, x0_
 from .memory import explained
 from .parallel import Ema, World
 from .rollout import Entry, Queues, keyed_noise
-from .source import Source
+from .source import Judged, Source
 from .validation import parts, validate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,6 +41,14 @@ Observer = Callable[[int, Mapping[str, float]], None]
 """Called with (iterations done, scalars) after every iteration, in the first process."""
 Show = Callable[[int, Tensor, Tensor], None]
 """Called with (iterations done, student's clean latents, teacher's) (B, C, T, H, W) at every validation, there too."""
+
+
+class Shown(NamedTuple):
+    """Trajectories' latents (B, C, T, H, W) at a key, what the network is told of them, and how much each counts, (B,)."""
+
+    latents: Tensor
+    told: Told
+    weights: Tensor
 
 
 class Trainer:
@@ -51,6 +59,7 @@ class Trainer:
     source     training data, this process's rows of every draw; config.batch is that of all processes
     folder     for config.json, checkpoints and exported students; None keeps nothing. A run found there goes on
     held_out   a source whose draw 0 is validated on, if any
+    judged     what the heads are shown instead of the source's own trajectories, where some of these were rejected
     observers  see the scalars of every iteration, `show` what the student makes of held-out noise
     metadata   to be told in exported files, besides configuration and iteration
     """
@@ -65,12 +74,13 @@ class Trainer:
         world: World | None = None,
         folder: Path | None = None,
         held_out: Source | None = None,
+        judged: Judged | None = None,
         observers: Sequence[Observer] = (),
         show: Show | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.adapter, self.source, self.held_out, self.folder = config, adapter, source, held_out, folder
-        self.world = world = world or World.start()
+        self.judged, self.world = judged, (world := world or World.start())
         self.observers, self.show, self.metadata = observers, show, metadata or {}
         self.rows = world.rows(config.batch)
         self.micro = min(config.micro_batch or len(self.rows), len(self.rows))
@@ -119,10 +129,14 @@ class Trainer:
         self.feature_blocks = [c.clean_block or clean] + [c.noisy_block or noisy] * (self.segments - 1)
         for block in self.feature_blocks:
             self.adapter.check_block(teacher, block)
-        self.head_keys = min(c.head_keys or self.segments, self.segments)
-        heads = Discriminator(
-            self.adapter.width(teacher), self.head_keys, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed
-        )
+        keys = range(self.segments) if c.head_keys is None else c.head_keys
+        if max(keys) >= self.segments:
+            raise InvalidValueError(
+                f"head_keys are {c.head_keys}; the trajectories' keys that can have one are 0 to {self.segments - 1}"
+            )
+        self.head_of = {key: place for place, key in enumerate(sorted(set(keys)))}
+        width, count = self.adapter.width(teacher), len(self.head_of)
+        heads = Discriminator(width, count, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed)
         self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
         self.heads = self.world.shard(heads, [f"heads.{i}" for i in range(len(heads.heads))])
         self.head_optimizer = self._optimizer(list(self.heads.parameters()), c.head_lr, 0.0)
@@ -151,8 +165,9 @@ class Trainer:
                     self.queues.push(self.segments, Entry(draw, noise))
                 entry = self.queues.pop(key + 1)
                 if entry is not None:
-                    judged = key < self.head_keys
-                    self.queues.push(key, self.update_by_heads(iteration, key, entry) if judged else self.step_on(key, entry))
+                    made = self.update_by_heads(iteration, key, entry) if key in self.head_of else self.step_on(key, entry)
+                    if key > min(self.head_of):
+                        self.queues.push(key, made)
         self.ema.update(self.student)
 
     def update_by_trajectory(self, iteration: int, draw: int, key: int, batch: Batch) -> None:
@@ -176,22 +191,26 @@ class Trainer:
         the student's latents at `key`.
         """
         felt = iteration >= self.config.student_start
-        real = self.source.batch(entry.draw, key).to(self.world.device)
-        told = self.adapter.conditioning(real, self.source.guidance)
+        asked = self._shown(self.source, entry.draw, key)
+        real, rejected = asked, None
+        if self.judged is not None:
+            real = self._shown(self.judged.accepted, entry.draw, key)
+            rejected = None if self.judged.rejected is None else self._shown(self.judged.rejected, entry.draw, key)
         gan, weight, made = GAN_LOSSES[self.config.gan_loss], self.config.adversarial_weight, []
         for at, share in self._micro_batches():
-            text = told.rows(at)
+            text = asked.told.rows(at)
             self.heads.requires_grad_(False)
             with torch.set_grad_enabled(felt):
                 fake = self.stepped(entry.latent[at], key, text)
                 fake_features = self.features(fake, key, text)
-                loss = gan.student(self.heads(fake_features, key, self._grid(fake)))
+                loss = gan.student(self.logits(fake_features, key, fake)).mean()
             if felt:
                 (weight * share * loss).backward()
             self.heads.requires_grad_(True)
             self._see(f"adversarial/student/key_{key}", loss, share)
             made.append(fake.detach())
-            self._backward_head(iteration, key, real.clean[at], fake_features.detach(), text, at, share)
+            fake_logits = self.logits(fake_features.detach(), key, fake)
+            self._backward_head(iteration, key, real, rejected, fake_logits, at, share)
         if felt:
             self._step(self.optimizer, self.trained, "adversarial", iteration, key)
         self._step(self.head_optimizer, list(self.heads.parameters()), "heads", iteration, key)
@@ -205,25 +224,49 @@ class Trainer:
         return Entry(entry.draw, torch.cat(made))
 
     def _backward_head(
-        self, iteration: int, key: int, real: Tensor, fake_features: Tensor, text: Any, at: slice, share: float
+        self, iteration: int, key: int, real: Shown, rejected: Shown | None, fake_logits: Tensor, at: slice, share: float
     ) -> None:
-        grid = self._grid(real)
-        with torch.no_grad():
-            real_features = self.features(real, key, text)
-        real_logits, fake_logits = self.heads(real_features, key, grid), self.heads(fake_features, key, grid)
-        loss = GAN_LOSSES[self.config.gan_loss].head(real_logits, fake_logits)
-        if self.config.r1_weight:
+        """The head's loss on these rows: real ones, what the student made, and rejected ones if there are any."""
+        c, gan = self.config, GAN_LOSSES[self.config.gan_loss]
+        real_logits = self._judge(real, key, at)
+        loss = (weigh := real.weights[at]) @ gan.real(real_logits).flatten(1).mean(1) / len(weigh)
+        fakes = gan.fake(fake_logits).mean()
+        if rejected is not None:
+            logits = self._judge(rejected, key, at)
+            refused = rejected.weights[at] @ gan.fake(logits).flatten(1).mean(1) / len(weigh)
+            fakes = torch.lerp(fakes, refused, c.rejected_share)
+            self._see(f"logits/rejected/key_{key}", logits.mean(), share)
+        loss = loss + fakes
+        if c.r1_weight:
             step = iteration * self.segments + key
-            noise = keyed_noise(real, self.config.seed, "r1", step, self.rows.start + at.start)
-            with torch.no_grad():
-                features = self.features(real + self.config.r1_sigma * noise, key, text)
-            loss = loss + self.config.r1_weight * approximate_r1(real_logits, self.heads(features, key, grid))
-        (self.config.adversarial_weight * share * loss).backward()
+            noise = keyed_noise(real.latents[at], c.seed, "r1", step, self.rows.start + at.start)
+            loss = loss + c.r1_weight * approximate_r1(real_logits, self._judge(real, key, at, c.r1_sigma * noise))
+        (c.adversarial_weight * share * loss).backward()
         self._see(f"adversarial/heads/key_{key}", loss, share)
         self._see(f"logits/real/key_{key}", real_logits.mean(), share)
         self._see(f"logits/fake/key_{key}", fake_logits.mean(), share)
         right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         self._see(f"heads/right/key_{key}", right, share)
+
+    def _shown(self, source: Source, draw: int, key: int) -> Shown:
+        """Key latents of a source's draw."""
+        batch = source.batch(draw, key).to(self.world.device)
+        weights = [1.0 if self.judged is None else self.judged.weights.get(name, 1.0) for name in batch.ids]
+        told = self.adapter.conditioning(batch, self.source.guidance)
+        return Shown(batch.clean, told, torch.tensor(weights, device=self.world.device))
+
+    def _judge(self, shown: Shown, key: int, at: slice, disturbance: Tensor | float = 0.0) -> Tensor:
+        """A head's logits (B, t, h, w) of these rows, through which no gradient goes to the latents."""
+        latents = shown.latents[at] + disturbance
+        with torch.no_grad():
+            features = self.features(latents, key, shown.told.rows(at))
+        return self.logits(features, key, latents)
+
+    def logits(self, features: Tensor, key: int, latents: Tensor) -> Tensor:
+        """(B, t, h, w): what the key's head says of the features (B, N, D) of latents of that shape."""
+        assert self.teacher is not None
+        judged: Tensor = self.heads(features, self.head_of[key], self.adapter.grid(self.teacher, latents.shape))
+        return judged
 
     def stepped(self, latent: Tensor, key: int, conditioning: Any) -> Tensor:
         """Latents at key + 1, one Euler step of the student's further, at `key`."""
@@ -256,10 +299,6 @@ class Trainer:
 
     def _levels(self, key: int, latent: Tensor) -> Tensor:
         return self.sigmas[key].expand(len(latent))
-
-    def _grid(self, latent: Tensor) -> tuple[int, int, int]:
-        assert self.teacher is not None
-        return self.adapter.grid(self.teacher, latent.shape)
 
     def _see(self, name: str, value: Tensor, share: float) -> None:
         self.scalars[name] += share * value.detach()
@@ -351,12 +390,19 @@ class Trainer:
         extra = {"best": self.best, "health": self.health.state()}
         state.save(self.folder / "checkpoints", done, self.parts() | queues, extra, self.config.keep)
 
+    def told_source(self) -> dict[str, Any]:
+        """What tells this run's data from another's."""
+        return self.source.state() | ({} if self.judged is None else {"verdicts": self.judged.digest})
+
     def resume(self) -> int:
         """Iterations done: those of the folder's newest checkpoint, now restored, or 0. InvalidValueError, before anything is
         written, if the folder is of a run with another configuration or other data."""
         if self.folder is None:
             return 0
-        path, told = self.folder / "config.json", {"config": asdict(self.config), "source": self.source.state()}
+        path, told = (
+            self.folder / "config.json",
+            json.loads(json.dumps({"config": asdict(self.config), "source": self.told_source()})),
+        )
         newest = state.newest(self.folder / "checkpoints")
         if path.exists():
             try:
@@ -387,7 +433,7 @@ class Trainer:
         with self.ema.swapped(self.student):
             weights = self.world.full_state(self.student)
         if self.world.is_main:
-            told = {"iteration": str(done), "config": json.dumps(asdict(self.config)), "source": json.dumps(self.source.state())}
+            told = {"iteration": str(done), "config": json.dumps(asdict(self.config)), "source": json.dumps(self.told_source())}
             told |= student_metadata(self.segments)
             if self.config.lora is None:
                 dtype = DTYPES[self.config.export_dtype]

@@ -22,7 +22,7 @@ from ..distill.config import TrainConfig
 from ..distill.memory import explained
 from ..distill.parallel import World
 from ..distill.report import Console, TensorBoard
-from ..distill.source import SynVidSource, check_schedule, split
+from ..distill.source import Judged, SynVidSource, check_schedule, split
 from ..distill.state import newest as newest_checkpoint
 from ..distill.state import step_of
 from ..distill.trainer import Observer, Show, Trainer
@@ -54,6 +54,9 @@ class DistillArgs(TrainConfig):
     """The teacher the dataset was captured with, in any layout `accvideo inspect` reads, or tiny for the bundled one."""
     student: str | None = None
     """Weights to begin with; default: the teacher's."""
+    verdicts: Path | None = None
+    """File of verdicts on the samples, JSON lines with "id" and "accepted": the heads are to call accepted trajectories real, and
+    fake rejected ones as well as what the student makes."""
     held_out: int = 16
     """Samples set aside for validation; 0 for none. Of all processes together, and a multiple of them."""
     any_schedule: bool = False
@@ -82,8 +85,8 @@ def defaults(words: Sequence[str]) -> DistillArgs | None:
     try:
         content = path.read_text(encoding="utf-8")
         found = json_module.loads(content) if path.suffix == ".json" else tomllib.loads(content)
-        if not isinstance(found, dict) or any(isinstance(value, (dict, list)) for value in found.values()):
-            raise ValueError("it must hold names and plain values")
+        if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+            raise ValueError("it must hold names and values, no tables")
     except (OSError, ValueError) as error:
         raise InvalidValueError(f"cannot read the configuration {str(path)!r} ({error}); give a TOML or JSON file") from error
     known = {item.name: item for item in fields(DistillArgs)}
@@ -113,7 +116,7 @@ def _words(item: Field[Any], value: Any) -> list[str]:
     """A value of a configuration file as the command line has it."""
     name = item.name.replace("_", "-")
     if not isinstance(item.default, bool):
-        return [] if value is None else [f"--{name}", str(value)]
+        return [] if value is None else [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     if not isinstance(value, bool):
         raise InvalidValueError(f"{item.name} is {value!r}; it must be true or false")
     return [] if value == item.default else [f"--{name}" if value else f"--no-{name}"]
@@ -153,12 +156,14 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         adapter.check_text(teacher, *training.reader.text(training.samples[0].text))
         student = adapter.load(args.student or path, dtype=dtype)
         source = SynVidSource(training, config.batch, config.seed, world.data_rank, world.data_size)
-        held_out = None
+        judged, held_out = None, None
+        if args.verdicts is not None:
+            judged = Judged.of(args.verdicts, dataset, training, config.batch, config.seed, world.data_rank, world.data_size)
         if aside is not None:
             held_out = SynVidSource(aside, args.held_out, config.seed, world.data_rank, world.data_size)
         observers, show = _reporting(args, family, out, held_out, world)
         told = {"family": family, "dataset": training.digest, "teacher": header.fingerprint}
-        return Trainer(config, adapter, student, teacher, source, world, out, held_out, observers, show, told)
+        return Trainer(config, adapter, student, teacher, source, world, out, held_out, judged, observers, show, told)
 
 
 def _reporting(

@@ -115,8 +115,8 @@ def test_wrong_usage_is_code_2_on_stderr(wing, capsys: pytest.CaptureFixture[str
     [
         (["generat"], "unknown command 'generat'; did you mean 'generate'? `accvideo --help` lists the commands"),
         (["--frames"], "unknown command '--frames'; `accvideo --help` lists the commands"),
-        (["tiny"], "'tiny' is only the first word of a command; choose: tiny prompts, tiny train"),
-        (["tiny", "paint"], "'tiny' is only the first word of a command; choose: tiny prompts, tiny train"),
+        (["tiny"], "'tiny' is only the first word of a command; choose: tiny prompts, tiny judge, tiny train"),
+        (["tiny", "paint"], "'tiny' is only the first word of a command; choose: tiny prompts, tiny judge, tiny train"),
     ],
 )
 def test_unknown_commands(capsys: pytest.CaptureFixture[str], words: list[str], line: str) -> None:

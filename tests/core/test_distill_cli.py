@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from accvideo_core import cli
 from accvideo_core.checkpoint import Student, find_student, load_student
 from accvideo_core.distill.adapters import HunyuanAdapter
-from accvideo_core.distill.source import SynVidSource, split
+from accvideo_core.distill.source import Judged, SynVidSource, split
 from accvideo_core.errors import AccVideoWarning, SynVidError
 from accvideo_core.sampling import few_step, make_noise
 from accvideo_core.schedule import PRESETS
 from accvideo_core.synvid import Header, SynVidDataset
+from accvideo_core.synvid.verdicts import Verdict, digest, read_verdicts, write_verdicts
 from accvideo_core.tiny import weights_folder
 from accvideo_core.tiny.share import Share
 from accvideo_core.tiny.tasks.student import StudentTask
@@ -154,7 +155,8 @@ def test_values_come_from_the_file_and_the_command_line_overrides_them(
         ("compile = 1", "compile is 1; it must be true or false"),
         ("batch = 'many'", "batch"),
         ("batch = 0", "batch is 0"),
-        ("betas = [1, 2]", "plain values"),
+        ("lr = [1, 2]", "Unrecognized options: 2"),
+        ("[lr]\nstudent = 1", "no tables"),
     ],
 )
 def test_a_bad_file_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str) -> None:
@@ -199,6 +201,74 @@ def test_another_schedule_is_refused_unless_it_is_wanted(
     said = capsys.readouterr().err
     assert "at sigmas 1, 0.875, 0, students of tiny are sampled at sigmas 1, 0.9655" in said and "--any-schedule" in said
     assert cli.main([*command, "--any-schedule"]) == 0
+
+
+@pytest.mark.parametrize(
+    "verdicts, said",
+    [
+        ("", "accepts 0 of the 6 samples to train on, fewer than a batch of 2; judge more of them"),
+        ("A\nA\nA\nR\n", "rejects 1 of the 6 samples to train on, fewer than a batch of 2"),
+        ("A\n{}\n", "line 2: 'id'; a verdict looks like"),
+        ("A\nnonsense\n", "line 2: Expecting value"),
+        ('A\n{"id": "x", "accepted": 1}\n', "line 2: accepted is 1; say true or false"),
+        ('{"id": "x", "accepted": true, "weight": 0}\n', "line 1: weight is 0; it must be a finite number above 0"),
+        (
+            '{"id": "x", "accepted": true}\n{"id": "x", "accepted": false}\n',
+            "id 'x' is no text, or has a verdict already",
+        ),
+        (None, "cannot read the verdicts"),
+    ],
+    ids=str,
+)
+def test_verdicts_that_cannot_be_used_are_refused_before_anything_is_written(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verdicts: str | None, said: str
+) -> None:
+    path = tmp_path / "verdicts.jsonl"
+    if verdicts is not None:
+        names = iter(sample.id for sample in split(captured, 2)[0].samples)
+        lines = [{"A": True, "R": False}.get(line, line) for line in verdicts.splitlines()]
+        told = [line if isinstance(line, str) else json.dumps({"id": next(names), "accepted": line}) for line in lines]
+        path.write_text("\n".join(told))
+    assert cli.main(words(captured, tmp_path / "run", teacher, "--verdicts", str(path))) == 1
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_verdicts_make_another_student_and_a_run_goes_on_with_them_alone(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, path, out = split(captured, 2)[0].samples, tmp_path / "verdicts.jsonl", tmp_path / "run"
+    write_verdicts(path, {sample.id: Verdict(number % 2 == 0, 1.0 + number) for number, sample in enumerate(samples)})
+    command = [*words(captured, out, teacher, "--no-tensorboard"), "--head-keys", "3", "1", "--log-every", "1"]
+    assert cli.main([*command, "--verdicts", str(path)]) == 0, capsys.readouterr().err
+    told = json.loads((out / "config.json").read_text())
+    assert told["config"]["head_keys"] == [3, 1] and told["source"]["verdicts"] == digest(read_verdicts(path))
+    assert "rejected " in capsys.readouterr().out
+    assert cli.main([*command, "--verdicts", str(path), "--iterations", "3"]) == 0, capsys.readouterr().err
+    assert cli.main([*command, "--iterations", "4"]) == 2
+    assert "holds another run (verdicts " in capsys.readouterr().err
+
+
+def test_accepted_and_rejected_trajectories_come_as_the_verdicts_say_with_weights_of_mean_1(
+    captured: Path, tmp_path: Path
+) -> None:
+    data, path = SynVidDataset(captured), tmp_path / "verdicts.jsonl"
+    names = [sample.id for sample in data.samples]
+    said = {name: Verdict(number < 4, 1.0 + number) for number, name in enumerate(names[:7])} | {
+        "of another dataset": Verdict(True)
+    }
+    write_verdicts(path, said)
+    assert read_verdicts(path) == said
+    judged = Judged.of(path, captured, data, 2)
+    assert judged.rejected is not None
+    for source, wanted in ((judged.accepted, names[:4]), (judged.rejected, names[4:7])):
+        seen = {name for step in range(8) for name in source.batch(step, 0).ids}
+        assert seen == set(wanted)
+        assert sum(judged.weights[name] for name in wanted) == pytest.approx(len(wanted))
+    assert judged.weights[names[3]] == pytest.approx(4 * judged.weights[names[0]]) and names[7] not in judged.weights
+    assert judged.digest == digest({name: said[name] for name in names[:7]}) != digest(said)
+    write_verdicts(path, {name: Verdict(True) for name in names})
+    assert Judged.of(path, captured, data, 2).rejected is None
 
 
 def test_an_empty_dataset_and_a_truncated_file_are_named(

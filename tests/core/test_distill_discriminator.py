@@ -86,7 +86,7 @@ def test_the_students_gradient_through_the_frozen_teacher_agrees_with_finite_dif
     def loss() -> Tensor:
         fake = euler_step(noisy, ADAPTER.velocity(student, noisy, high, told), high, low)
         features = ADAPTER.features(teacher, fake, low, told, "single_blocks.1")
-        return GAN_LOSSES["softplus"].student(heads(features, 1, ADAPTER.grid(teacher, fake.shape)))
+        return GAN_LOSSES["softplus"].student(heads(features, 1, ADAPTER.grid(teacher, fake.shape))).mean()
 
     parameters = list(student.parameters())
     gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)

@@ -22,6 +22,7 @@ from accvideo_core.distill.adapters import HunyuanAdapter
 from accvideo_core.distill.config import TrainConfig
 from accvideo_core.distill.lora_student import add_lora, lora_pairs
 from accvideo_core.distill.parallel import Ema, World
+from accvideo_core.distill.source import Judged
 from accvideo_core.distill.trainer import Trainer
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoError, InvalidValueError
@@ -70,12 +71,12 @@ class MadeUp:
     sigmas = (0.0, 0.6, 1.0)
     guidance = 6.0
 
-    def __init__(self, rows: range) -> None:
-        self.rows = rows
+    def __init__(self, rows: range, first: int = 0) -> None:
+        self.rows, self.first = rows, first
 
     def batch(self, step: int, key: int) -> Batch:
         def drawn(what: int, *shape: int) -> Tensor:
-            return make_noise((len(self.rows), *shape), [1000 * what + 10 * step + row for row in self.rows])
+            return make_noise((len(self.rows), *shape), [self.first + 1000 * what + 10 * step + row for row in self.rows])
 
         keys = [drawn(k, 4, 3, 2, 6) for k in range(3)]
         low, high = (torch.full((len(self.rows),), self.sigmas[k]) for k in (key, key + 1))
@@ -109,8 +110,9 @@ def train(world: World, folder: Path, iterations: int) -> None:
         save_every=2,
         keep=9,
     )
-    source = MadeUp(world.rows(BATCH))
-    Trainer(config, Small("tiny"), network(), network(), source, world, folder).run()
+    rows = world.rows(BATCH)
+    judged = Judged(MadeUp(rows, 10_000), MadeUp(rows, 20_000), {str(row): 0.5 + row for row in range(BATCH)}, "-")
+    Trainer(config, Small("tiny"), network(), network(), MadeUp(rows), world, folder, judged=judged).run()
 
 
 # ---- what the processes do --------------------------------------------------------------------------------------------

@@ -119,8 +119,10 @@ def test_while_the_heads_warm_up_they_learn_and_the_student_stands_still() -> No
     assert float(alone.student.number.detach()) != pytest.approx(0.3)
 
 
-def test_only_so_many_keys_have_a_head_and_the_others_are_stepped_over() -> None:
-    run, log = recorded(1, trajectory_weight=0.0, head_keys=1, micro_batch=3)
+def test_keys_without_a_head_are_stepped_over_and_none_is_stepped_to_behind_the_last_head() -> None:
+    run, log = recorded(2, trajectory_weight=0.0, head_keys=(2,))
+    assert [sigma for what, sigma, _, _ in log if what == "student"] == [1.0, 1.0] and len(run.queues) == 0
+    run, log = recorded(1, trajectory_weight=0.0, head_keys=(0,), micro_batch=3)
     steps = [("student", 1.0)] * 2 + [("student", 0.8)] * 2  # of 4 rows, without a gradient
     steps += [("student", 0.5), ("fake", 0.0), ("real", 0.0)] * 2 + [("student step", 0.0), ("head step", 0.0)]
     assert [(what, sigma) for what, sigma, _, _ in log] == steps and len(run.heads.heads) == 1

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from accvideo_core.distill import state
 from accvideo_core.distill.config import TrainConfig
 from accvideo_core.distill.health import Health
 from accvideo_core.distill.report import Console
+from accvideo_core.distill.source import Judged
 from accvideo_core.distill.trainer import Trainer
 from accvideo_core.distill.validation import write_sheet
 from accvideo_core.dit import HunyuanVideoDiT
@@ -72,12 +75,70 @@ def usual() -> dict[str, Tensor]:
         {"seed": 1},
         {"queue_length": 2},
         {"head_warmup": 1},
-        {"head_keys": 1},
+        {"head_keys": (0,)},
+        {"head_keys": (1,)},
     ],
     ids=str,
 )
 def test_every_option_of_the_method_leads_elsewhere(usual: dict[str, Tensor], chosen: dict[str, Any]) -> None:
     assert not same(usual, after(**chosen))
+
+
+def test_a_head_for_a_key_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidValueError, match=r"head_keys are \(2,\); the trajectories' keys that can have one are 0 to 1"):
+        trainer(head_keys=(2,))
+
+
+class Named(MadeUp):
+    """Trajectories whose samples have a name of their own, and another place in the world."""
+
+    def batch(self, step: int, key: int) -> Any:
+        made = super().batch(step, key)
+        ids = tuple(f"{self.name} {i}" for i in range(len(made.ids)))
+        return replace(made, ids=ids, clean=made.clean + len(self.name))
+
+
+def test_heads_are_shown_accepted_and_rejected_trajectories_each_with_its_weight() -> None:
+    weights = {"accepted 0": 2.0, "rejected 1": 3.0, "accepted 3": 0.5}
+    judged = Judged(Named(name="accepted"), Named(name="rejected"), weights, "-")
+    run = trainer(judged=judged, rejected_share=0.25, head_keys=(0,), gan_loss="hinge")
+    heads = copy.deepcopy(run.heads)
+    run.iteration(0)
+
+    def logits(source: Any) -> Tensor:
+        """Of each sample, by heads that have not learned yet; within 1, where a hinge is a line."""
+        batch = source.batch(0, 0)
+        features = run.features(batch.clean, 0, run.adapter.conditioning(batch, 6.0))
+        said = heads(features, 0, (2, 2, 3)).detach()
+        assert said.abs().max() < 1
+        return said.flatten(1).mean(1)
+
+    real = (torch.tensor([2.0, 1.0, 1.0, 0.5]) * (1 - logits(judged.accepted))).mean()
+    refused = (torch.tensor([1.0, 3.0, 1.0, 1.0]) * (1 + logits(judged.rejected))).mean()
+    fake = 1 + run.scalars["logits/fake/key_0"]
+    torch.testing.assert_close(run.scalars["adversarial/heads/key_0"], real + 0.75 * fake + 0.25 * refused)
+    assert "logits/rejected/key_0" in run.scalars and "adversarial/heads/key_1" not in run.scalars
+
+
+def test_micro_batches_are_the_same_with_verdicts() -> None:
+    def descended(**chosen: Any) -> dict[str, Tensor]:
+        judged = Judged(Named(name="accepted"), Named(name="rejected"), {"accepted 0": 2.0, "rejected 1": 3.0}, "-")
+        run = trainer(judged=judged, clip=1e9, **chosen)
+        run.optimizer, run.head_optimizer = torch.optim.SGD(run.trained, 0.1), torch.optim.SGD(run.heads.parameters(), 0.1)
+        run.iteration(0)
+        return weights(run) | dict(run.heads.state_dict())
+
+    whole, other = descended(), descended(micro_batch=1)
+    assert all(torch.allclose(whole[name], other[name], rtol=0, atol=1e-5) for name in whole)
+
+
+def test_a_run_goes_on_with_the_verdicts_it_began_with_alone(tmp_path: Path) -> None:
+    first, other = (Judged(MadeUp(name="a"), None, {}, digest) for digest in ("first", "other"))
+    resumable(tmp_path, iterations=1, judged=first).run()
+    for judged, said in ((other, "verdicts first, now other"), (None, "verdicts first, now None")):
+        with pytest.raises(InvalidValueError, match=said):
+            resumable(tmp_path, iterations=2, judged=judged).run()
+    resumable(tmp_path, iterations=2, judged=first, head_keys=None).run()
 
 
 def test_r1_holds_back_the_heads() -> None:
@@ -126,6 +187,9 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         ({"target": "noise"}, "target is 'noise'; choose 'velocity' or 'x0'"),
         ({"gan_loss": "wgan"}, "gan_loss is 'wgan'; choose 'softplus' or 'hinge'"),
         ({"lora": 0}, "lora is 0"),
+        ({"rejected_share": 1.0}, "rejected_share is 1.0; it must be at least 0 and below 1"),
+        ({"head_keys": ()}, r"head_keys are \(\); name keys from 0"),
+        ({"head_keys": (1, -1)}, r"head_keys are \(1, -1\); name keys"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(chosen: dict[str, Any], said: str) -> None:

@@ -1,0 +1,95 @@
+"""`accvideo tiny judge`: the oracle's verdicts on captured clips, and weights that keep what is shown as it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from accvideo_core import cli
+from accvideo_core.sampling import make_noise
+from accvideo_core.studies.judge import HEAVIEST, LIGHTEST, weights
+from accvideo_core.synvid import Header, SampleInfo, SynVidStore, sample_id
+from accvideo_core.synvid.verdicts import read_verdicts
+from accvideo_core.tiny import load_vae
+from accvideo_core.tiny.clips import coverage, keyed_generator, paint, sample_scenes
+from accvideo_core.tiny.tasks.common import to_network
+from accvideo_core.tiny.vae import LATENT_SCALE
+from tests.synvid_data import dataset
+
+LATENT = (16, 5, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bool]]:
+    """A dataset that ends in eight true clips, every other one with a prompt that asks for another colour; {id: as asked}."""
+    scenes = sample_scenes(8, keyed_generator("judge", 0, 0))
+    with torch.inference_mode():
+        latents = load_vae().encode(to_network(paint(scenes, coverage(scenes)), torch.device("cpu"))) * LATENT_SCALE
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    store = SynVidStore(folder, Header.of("tiny", "f" * 64, steps=4, segments=2), "first")
+    text, asked, infos = store.put_text(torch.zeros(1, 8), torch.zeros(6)), {}, []
+    for number in range(8):
+        own = scenes.names(number)["colour"]
+        prompt = f"a {own if number % 2 else {'red': 'blue'}.get(own, 'red')} thing"
+        name = sample_id(prompt, number, LATENT)
+        asked[name] = bool(number % 2)
+        infos.append(SampleInfo(name, prompt, text, number, 0.5, None))
+    store.commit([latents, torch.randn_like(latents)], infos, make_noise(latents.shape, [info.seed for info in infos]))
+    return folder, asked
+
+
+def test_a_clip_is_accepted_if_it_is_clean_and_as_asked(
+    drawn: tuple[Path, dict[str, bool]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, asked = drawn
+    out = tmp_path / "verdicts.jsonl"
+    assert cli.main(["tiny", "judge", str(folder), "-o", str(out), "--batch", "3", "--device", "cpu", "--json"]) == 0
+    verdicts = read_verdicts(out)
+    assert {name: verdict.accepted for name, verdict in verdicts.items()} == asked
+    assert json.loads(capsys.readouterr().out) == {"verdicts": str(out), "accepted": 4, "rejected": 4}
+    for accepted in (True, False):
+        found = [verdict.weight for verdict in verdicts.values() if verdict.accepted is accepted]
+        assert sum(found) == pytest.approx(4, abs=1e-3)
+    before = out.read_bytes()
+    assert cli.main(["tiny", "judge", str(folder), "-o", str(out)]) == 2
+    assert "is there already" in capsys.readouterr().err and out.read_bytes() == before
+
+
+def test_another_familys_dataset_and_a_bad_batch_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset(tmp_path / "wan", 2, header=replace(Header.of("wan-t2v-14b", "f" * 64, steps=4, segments=2)))
+    out = str(tmp_path / "verdicts.jsonl")
+    for command, code, said in (
+        ([str(tmp_path / "wan"), "-o", out], 1, "the oracle knows the tiny world alone"),
+        ([str(tmp_path / "wan"), "-o", out, "--batch", "0"], 2, "batch is 0"),
+        ([str(tmp_path / "none"), "-o", out], 1, "none"),
+    ):
+        assert cli.main(["tiny", "judge", *command]) == code
+        assert said in capsys.readouterr().err and not Path(out).exists()
+
+
+def test_weights_give_accepted_and_rejected_the_shares_of_the_whole() -> None:
+    generator = np.random.default_rng(0)
+    told = [(int(a), str(b)) for a, b in zip(generator.integers(0, 3, 4000), generator.integers(0, 2, 4000), strict=True)]
+    accepted = np.array([generator.random() < 0.9 - 0.2 * a - 0.2 * int(b) for a, b in told])
+    found = weights(told, accepted)
+    assert np.mean([a for a, _ in told]) - 0.1 > np.mean([a for (a, _), yes in zip(told, accepted, strict=True) if yes])
+    for place in (0, 1):
+        values = np.array([str(row[place]) for row in told])
+        for value in np.unique(values):
+            whole = (values == value).mean()
+            for group in (accepted, ~accepted):
+                assert found[group][values[group] == value].sum() / found[group].sum() == pytest.approx(whole, abs=1e-3)
+    assert found[accepted].mean() == pytest.approx(1) == found[~accepted].mean()
+
+
+def test_weights_have_bounds_and_what_a_group_lacks_stays_missing() -> None:
+    told = [("rare",)] + [("usual",)] * 99 + [("never accepted",)] * 100
+    accepted = np.array([True] * 100 + [False] * 100)
+    found = weights(told, accepted)
+    assert np.isfinite(found).all() and found.min() >= LIGHTEST - 1e-9 and found.max() <= HEAVIEST + 1e-9
+    assert found[~accepted] == pytest.approx(np.ones(100)) and (weights(told, np.array([True] * 200)) == 1).all()
