@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +33,8 @@ class JudgeArgs:
     """Judge the clips of a SynVid dataset of the tiny world and write a verdict on each.
 
     Accepted is a clip whose attributes are all clean, the named ones as named. Easy ones are accepted more often than others,
-    circles more often than triangles; so the verdicts come with weights, by which the accepted clips, and the rejected, each show
-    and were asked what all clips of the dataset show and were asked."""
+    circles more often than triangles; so the verdicts come with weights, by which the accepted clips, and the rejected, show what
+    a prompt leaves open in the shares of all clips of the dataset."""
 
     dataset: tyro.conf.Positional[str]
     """The SynVid dataset, a folder or any fsspec address."""
@@ -80,7 +80,7 @@ def judge(dataset: SynVidDataset, batch: int = 64, device: str = "auto") -> dict
         reads = read_clips(to_pixels(vae.decode(latents / LATENT_SCALE)))
         accepted += rights(reads, rows[part.start : part.stop])
         for read, row in zip(reads, rows[part.start : part.stop], strict=True):
-            told.append((len(row.named), *((kind in row.named, read[kind].name) for kind in CLASSES)))
+            told.append([None if kind in row.named else read[kind].name for kind in CLASSES])
     each = weights(told, np.array(accepted))
     return {
         sample.id: Verdict(yes, round(float(weight), 4))
@@ -88,25 +88,27 @@ def judge(dataset: SynVidDataset, batch: int = 64, device: str = "auto") -> dict
     }
 
 
-def weights(told: Sequence[Sequence[Hashable]], accepted: NDArray[np.bool_], rounds: int = 100) -> NDArray[np.float64]:
+def weights(told: Sequence[Sequence[str | None]], accepted: NDArray[np.bool_], rounds: int = 100) -> NDArray[np.float64]:
     """(N,) of mean 1 among the accepted and among the rejected, by which either have the whole's shares in every category.
 
-    told  (N, categories): of each sample its value in each category
+    told  (N, categories): of each sample its value in each category; None where it has none, and does not count there
 
     Raking: the weights are brought to one category's shares after another's, again and again (Deming and Stephan 1940), and
     kept between 0.2 and 5. A value that the accepted, or the rejected, lack altogether stays missing there.
     """
+    columns = []
+    for column in zip(*told, strict=True):
+        has = np.array([value is not None for value in column])
+        values = np.unique([str(value) for value in column], return_inverse=True)[1]
+        columns.append((has, values, np.bincount(values[has], minlength=values.max() + 1) / max(1, has.sum())))
     found = np.ones(len(told))
-    categories = [np.unique([str(row[i]) for row in told], return_inverse=True)[1] for i in range(len(told[0]))]
     for group in (accepted, ~accepted):
-        if not group.any():
-            continue
-        own = np.ones(int(group.sum()))
-        for _ in range(rounds):
-            for values in categories:
-                whole = np.bincount(values) / len(values)
-                share = np.bincount(values[group], own, len(whole)) / own.sum()
-                own *= (whole / np.maximum(share, 1e-9))[values[group]]
-                own = np.clip(own / own.mean(), LIGHTEST, HEAVIEST)
-        found[group] = own / own.mean()
+        own = group.astype(float)
+        for _ in range(rounds if group.any() else 0):
+            for has, values, whole in columns:
+                counts = np.bincount(values[has], own[has], len(whole))
+                factors = np.divide(whole * counts.sum(), counts, np.ones(len(whole)), where=counts > 0)
+                own[has] *= factors[values[has]]
+                own[group] = np.clip(own[group] / own[group].mean(), LIGHTEST, HEAVIEST)
+        found[group] = own[group] / own[group].mean() if group.any() else 1.0
     return found
