@@ -52,7 +52,8 @@ class TrainConfig:
     noisy_block: str | None = None
     """Block whose features the noisy keys' heads see; default: the last."""
     rejected_share: float = 0.25
-    """Where trajectories were judged: so much of what the heads are to call fake are rejected ones, the rest is the student's."""
+    """Where trajectories were judged: so much of what the heads are to call fake are rejected ones, the rest is the student's.
+    With 1 they learn from the verdicts alone."""
     r1_weight: float = 0.0
     """Weight of the approximate R1 penalty of the heads; 0 leaves it out."""
     r1_sigma: float = 0.01
@@ -115,9 +116,11 @@ class TrainConfig:
         for name in ("lr", "head_lr", "clip", "r1_sigma"):
             if not 0 < getattr(self, name) < math.inf:
                 return f"{name} is {getattr(self, name)}; it must be a finite number above 0"
-        for name in ("ema", "beta1", "beta2", "rejected_share"):
+        for name in ("ema", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 return f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
+        if not 0 <= self.rejected_share <= 1:
+            return f"rejected_share is {self.rejected_share}; it must be from 0 to 1"
         if self.head_keys is not None and (not self.head_keys or min(self.head_keys) < 0):
             return f"head_keys are {self.head_keys}; name keys from 0, the clean one, on, or leave it out for all"
         if self.trajectory_weight == self.adversarial_weight == 0:

@@ -187,7 +187,7 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         ({"target": "noise"}, "target is 'noise'; choose 'velocity' or 'x0'"),
         ({"gan_loss": "wgan"}, "gan_loss is 'wgan'; choose 'softplus' or 'hinge'"),
         ({"lora": 0}, "lora is 0"),
-        ({"rejected_share": 1.0}, "rejected_share is 1.0; it must be at least 0 and below 1"),
+        ({"rejected_share": 1.5}, "rejected_share is 1.5; it must be from 0 to 1"),
         ({"head_keys": ()}, r"head_keys are \(\); name keys from 0"),
         ({"head_keys": (1, -1)}, r"head_keys are \(1, -1\); name keys"),
     ],
