@@ -19,7 +19,7 @@ from accvideo_core.studies import plots
 
 ROWS = (  # of panels: what each shows, by key; whether its axis is logarithmic
     ("trajectory/", "trajectory loss", True),
-    ("logits/", "logits: real solid, fake dashed", False),
+    ("logits/", "logits: real solid, fake dashed, rejected dotted", False),
     ("heads/right/", "share a head gets right", False),
     ("gradient/ratio/", "adversarial over trajectory gradient", True),
     ("validation/rolled/", "held out: distance to the teacher's key", True),
@@ -55,7 +55,7 @@ def main() -> None:
             for name, (steps, values) in found.items():
                 if name.startswith(prefix):
                     key = int(name.rpartition("_")[2])
-                    style = "--" if name.startswith("logits/fake/") else "-"
+                    style = {"fake": "--", "rejected": ":"}.get(name.split("/")[1], "-")
                     label = f"key {key}" if style == "-" else None
                     axes.plot(steps, values, style, color=COLOURS[key % len(COLOURS)], linewidth=1.1, label=label)
             if logarithmic:

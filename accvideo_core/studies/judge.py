@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,13 @@ from ..tiny import load_vae
 from ..tiny.clips import CLASSES
 from ..tiny.prompts import read_prompt
 from ..tiny.vae import LATENT_SCALE, to_pixels
-from .exam import Row, read_clips, rights
+from .evaluation import EvaluateArgs, load
+from .exam import Reads, Row, read_clips, rights
 
 LIGHTEST, HEAVIEST = 0.2, 5.0  # weights, of their mean, so that no few samples stand for many
+SHOWN = 2048  # clips by which a student's shares are told
+
+Told = Sequence[Sequence[str | None]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,11 @@ class JudgeArgs:
     """The SynVid dataset, a folder or any fsspec address."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The file to write, JSON lines; nothing that is there is overwritten."""
+    student: Path | None = None
+    """A student's file: weigh the rejected clips to what this student shows of prompts left open instead, so that the heads see
+    what it shows too often, and too rarely."""
     batch: int = 64
-    """Clips decoded at once."""
+    """Clips decoded, or made, at once."""
     device: str = "auto"
     """cpu, cuda, mps, or auto."""
     json: bool = False
@@ -60,7 +68,7 @@ def run(args: JudgeArgs) -> int:
             f"{args.dataset} is of the family {dataset.header.family}, and the oracle knows the tiny world alone; write down the "
             'verdicts of whoever judges yours as JSON lines, {"id": "...", "accepted": true}'
         )
-    verdicts = judge(dataset, args.batch, args.device)
+    verdicts = judge(dataset, args.batch, args.device, args.student)
     write_verdicts(args.out, verdicts)
     accepted = sum(verdict.accepted for verdict in verdicts.values())
     told = {"verdicts": str(args.out), "accepted": accepted, "rejected": len(verdicts) - accepted}
@@ -69,46 +77,67 @@ def run(args: JudgeArgs) -> int:
 
 
 @torch.inference_mode()
-def judge(dataset: SynVidDataset, batch: int = 64, device: str = "auto") -> dict[str, Verdict]:
+def judge(dataset: SynVidDataset, batch: int = 64, device: str = "auto", student: Path | None = None) -> dict[str, Verdict]:
     """{id: the oracle's verdict}, weighed by `weights`."""
     where = pick_device(device)
-    vae, accepted, told = load_vae().to(where), [], []
-    rows = [Row(sample.prompt, 0, read_prompt(sample.prompt)) for sample in dataset.samples]
-    for start in tqdm(range(0, len(rows), batch), "judging", disable=None):
-        part = range(start, min(start + batch, len(rows)))
+    pipeline = None if student is None else load(EvaluateArgs(Path(), weights=student, device=device))
+    vae, reads = load_vae().to(where), []
+    made: Reads = []
+    rows = [Row(sample.prompt, sample.seed, read_prompt(sample.prompt)) for sample in dataset.samples]
+    parts = [range(start, min(start + batch, len(rows))) for start in range(0, len(rows), batch)]
+    for part in tqdm(parts, "judging", disable=None):
         latents = torch.stack([dataset.trajectory(i)[0] for i in part]).to(where)
-        reads = read_clips(to_pixels(vae.decode(latents / LATENT_SCALE)))
-        accepted += rights(reads, rows[part.start : part.stop])
-        for read, row in zip(reads, rows[part.start : part.stop], strict=True):
-            told.append([None if kind in row.named else read[kind].name for kind in CLASSES])
-    each = weights(told, np.array(accepted))
+        reads += read_clips(to_pixels(vae.decode(latents / LATENT_SCALE)))
+        if pipeline is not None and len(made) < SHOWN:
+            chunk = rows[part.start : part.stop]
+            made += read_clips(pipeline.generate([row.prompt for row in chunk], [row.seed for row in chunk]).frames)
+    accepted = rights(reads, rows)
+    each = weights(_open(reads, rows), np.array(accepted), _open(made, rows[: len(made)]))
     return {
         sample.id: Verdict(yes, round(float(weight), 4))
         for sample, yes, weight in zip(dataset.samples, accepted, each, strict=True)
     }
 
 
-def weights(told: Sequence[Sequence[str | None]], accepted: NDArray[np.bool_], rounds: int = 100) -> NDArray[np.float64]:
+def _open(reads: Reads, rows: Sequence[Row]) -> Told:
+    """Of each clip what it shows of every attribute that its prompt leaves open."""
+    return [[None if kind in row.named else read[kind].name for kind in CLASSES] for read, row in zip(reads, rows, strict=True)]
+
+
+def weights(told: Told, accepted: NDArray[np.bool_], others: Told = (), rounds: int = 100) -> NDArray[np.float64]:
     """(N,) of mean 1 among the accepted and among the rejected, by which either have the whole's shares in every category.
 
-    told  (N, categories): of each sample its value in each category; None where it has none, and does not count there
+    told    (N, categories): of each sample its value in each category; None where it has none, and does not count there
+    others  (M, categories): what the rejected are to have the shares of instead, if there are any
 
     Raking: the weights are brought to one category's shares after another's, again and again (Deming and Stephan 1940), and
     kept between 0.2 and 5. A value that the accepted, or the rejected, lack altogether stays missing there.
     """
-    columns = []
-    for column in zip(*told, strict=True):
-        has = np.array([value is not None for value in column])
-        values = np.unique([str(value) for value in column], return_inverse=True)[1]
-        columns.append((has, values, np.bincount(values[has], minlength=values.max() + 1) / max(1, has.sum())))
     found = np.ones(len(told))
-    for group in (accepted, ~accepted):
+    for group, whole in ((accepted, told), (~accepted, others or told)):
+        if not group.any():
+            continue
+        columns = [_column(ours, shares) for ours, shares in zip(zip(*told, strict=True), zip(*whole, strict=True), strict=True)]
         own = group.astype(float)
-        for _ in range(rounds if group.any() else 0):
-            for has, values, whole in columns:
-                counts = np.bincount(values[has], own[has], len(whole))
-                factors = np.divide(whole * counts.sum(), counts, np.ones(len(whole)), where=counts > 0)
+        for _ in range(rounds):
+            for has, values, wanted in columns:
+                counts = np.bincount(values[has], own[has], len(wanted))
+                there = wanted * (counts > 0)  # what the group lacks cannot be weighed
+                factors = np.divide(
+                    there * counts.sum(), counts * there.sum(), np.ones(len(wanted)), where=counts * there.sum() > 0
+                )
                 own[has] *= factors[values[has]]
                 own[group] = np.clip(own[group] / own[group].mean(), LIGHTEST, HEAVIEST)
-        found[group] = own[group] / own[group].mean() if group.any() else 1.0
+        found[group] = own[group] / own[group].mean()
     return found
+
+
+def _column(
+    ours: Sequence[str | None], whole: Sequence[str | None]
+) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.float64]]:
+    """Of a category: whether each sample has a value, its number, and each number's share of the whole."""
+    numbers = {value: number for number, value in enumerate(sorted({value for value in (*ours, *whole) if value is not None}))}
+    counts = Counter(value for value in whole if value is not None)
+    shares = np.array([counts[value] for value in numbers]) / max(1, counts.total())
+    values = np.array([0 if value is None else numbers[value] for value in ours], int)
+    return np.array([value is not None for value in ours]), values, shares

@@ -15,7 +15,7 @@ from accvideo_core.sampling import make_noise
 from accvideo_core.studies.judge import HEAVIEST, LIGHTEST, weights
 from accvideo_core.synvid import Header, SampleInfo, SynVidStore, sample_id
 from accvideo_core.synvid.verdicts import read_verdicts
-from accvideo_core.tiny import load_vae
+from accvideo_core.tiny import load_vae, weights_folder
 from accvideo_core.tiny.clips import coverage, keyed_generator, paint, sample_scenes
 from accvideo_core.tiny.tasks.common import to_network
 from accvideo_core.tiny.vae import LATENT_SCALE
@@ -55,6 +55,13 @@ def test_a_clip_is_accepted_if_it_is_clean_and_as_asked(
     for accepted in (True, False):
         found = [verdict.weight for verdict in verdicts.values() if verdict.accepted is accepted]
         assert sum(found) == pytest.approx(4, abs=1e-3)
+    against = tmp_path / "against.jsonl"
+    student = weights_folder() / "student.safetensors"
+    assert cli.main(f"tiny judge {folder} -o {against} --student {student} --device cpu".split()) == 0
+    others = read_verdicts(against)
+    assert {name: verdict.accepted for name, verdict in others.items()} == asked
+    assert [others[name] == verdicts[name] for name, yes in asked.items() if yes] == [True] * 4
+    assert any(others[name].weight != verdicts[name].weight for name, yes in asked.items() if not yes)
     before = out.read_bytes()
     assert cli.main(["tiny", "judge", str(folder), "-o", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err and out.read_bytes() == before
@@ -89,6 +96,18 @@ def test_weights_give_accepted_and_rejected_the_shares_of_the_whole() -> None:
                 assert abs((values[group] == value).mean() - whole) > 0.02  # or there would be nothing to weigh
                 assert found[group][values[group] == value].sum() / found[group].sum() == pytest.approx(whole, abs=1e-3)
     assert found[accepted].mean() == pytest.approx(1) == found[~accepted].mean()
+
+
+def test_the_rejected_can_be_weighed_to_what_others_show() -> None:
+    told = [("a",)] * 60 + [("b",)] * 40 + [(None,)] * 20
+    accepted = np.array([True, False] * 60)
+    found = weights(told, accepted, [("a",)] * 30 + [("b",)] * 10 + [("c",)] * 10 + [(None,)] * 50)
+    values = np.array([row[0] for row in told])
+
+    def share(value: str, group: np.ndarray) -> float:
+        return float(found[group & (values == value)].sum() / found[group & (values != None)].sum())  # noqa: E711
+
+    assert share("a", accepted) == pytest.approx(0.6, abs=1e-3) and share("a", ~accepted) == pytest.approx(0.75, abs=1e-3)
 
 
 def test_weights_have_bounds_and_what_a_group_lacks_stays_missing() -> None:
