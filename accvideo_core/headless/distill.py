@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from ..checkpoint import open_checkpoint
 from ..distill.adapters import adapter_for
 from ..distill.config import TrainConfig
 from ..distill.memory import explained
@@ -162,7 +163,9 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         if aside is not None:
             held_out = SynVidSource(aside, args.held_out, config.seed, world.data_rank, world.data_size)
         observers, show = _reporting(args, family, out, held_out, world)
-        told = {"family": family, "dataset": training.digest, "teacher": header.fingerprint}
+        with open_checkpoint(path) as checkpoint:  # the tiny world's networks name the encoders they were made with
+            made_from = {part: checkpoint.metadata[part] for part in ("encoder", "text_encoder") if part in checkpoint.metadata}
+        told = {"family": family, "dataset": training.digest, "teacher": header.fingerprint, **made_from}
         return Trainer(config, adapter, student, teacher, source, world, out, held_out, judged, observers, show, told)
 
 

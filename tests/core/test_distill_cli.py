@@ -22,7 +22,7 @@ from accvideo_core.sampling import few_step, make_noise
 from accvideo_core.schedule import PRESETS
 from accvideo_core.synvid import Header, SynVidDataset
 from accvideo_core.synvid.verdicts import Verdict, digest, read_verdicts, write_verdicts
-from accvideo_core.tiny import weights_folder
+from accvideo_core.tiny import part_hash, weights_folder
 from accvideo_core.tiny.share import Share
 from accvideo_core.tiny.tasks.student import StudentTask
 from tests.distill_data import EXPORTABLE, network
@@ -85,6 +85,8 @@ def test_from_prompts_to_a_student_of_the_tiny_world(
     assert any(name.startswith("tensorboard/events") for name in files(out)) and (tmp_path / "a.mp4").stat().st_size > 0
     with safe_open(out / "student.safetensors", "pt") as file:
         assert find_student("student.safetensors", file.metadata()) == Student(5)
+        made_from = {part: file.metadata()[part] for part in ("encoder", "text_encoder")}
+    assert made_from == {part: part_hash(part) for part in made_from}  # so that it is refused beside others
     assert "iteration 1/1  trajectory 0." in capsys.readouterr().out
 
 
