@@ -37,8 +37,8 @@ Told = Sequence[Sequence[str | None]]
 class JudgeArgs:
     """Judge the clips of a SynVid dataset of the tiny world and write a verdict on each.
 
-    Accepted is a clip whose attributes are all clean, the named ones as named. Easy ones are accepted more often than others,
-    circles more often than triangles; so the verdicts come with weights, by which the accepted clips, and the rejected, show what
+    Accepted is a clip whose attributes are all clean, the named ones as named. Some are accepted more often than others, open
+    colours as white more often than as green; so the verdicts come with weights, by which the accepted clips, and the rejected, show what
     a prompt leaves open in the shares of all clips of the dataset."""
 
     dataset: tyro.conf.Positional[str]
