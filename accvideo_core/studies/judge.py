@@ -37,9 +37,9 @@ Told = Sequence[Sequence[str | None]]
 class JudgeArgs:
     """Judge the clips of a SynVid dataset of the tiny world and write a verdict on each.
 
-    Accepted is a clip whose attributes are all clean, the named ones as named. Some are accepted more often than others, open
-    colours as white more often than as green; so the verdicts come with weights, by which the accepted clips, and the rejected, show what
-    a prompt leaves open in the shares of all clips of the dataset."""
+    Accepted is a clip whose attributes are all clean, the named ones as named. Some are accepted more often than others, white
+    objects more often than green ones; so the verdicts come with weights, by which the accepted clips, and the rejected, show
+    what a prompt leaves open in the shares of all clips of the dataset."""
 
     dataset: tyro.conf.Positional[str]
     """The SynVid dataset, a folder or any fsspec address."""
