@@ -399,10 +399,8 @@ class Trainer:
         written, if the folder is of a run with another configuration or other data."""
         if self.folder is None:
             return 0
-        path, told = (
-            self.folder / "config.json",
-            json.loads(json.dumps({"config": asdict(self.config), "source": self.told_source()})),
-        )
+        path = self.folder / "config.json"
+        told = json.loads(json.dumps({"config": asdict(self.config), "source": self.told_source()}))
         newest = state.newest(self.folder / "checkpoints")
         if path.exists():
             try:

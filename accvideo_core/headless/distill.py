@@ -127,6 +127,8 @@ def run(args: DistillArgs) -> int:
     """Train, and print where the student is."""
     if args.dataset is None or args.out is None:
         raise InvalidValueError("a run needs a dataset and a folder; give --dataset and --out, or name them in the --config file")
+    if args.verdicts is not None and not args.adversarial_weight:
+        raise InvalidValueError("verdicts are for the heads, and adversarial_weight is 0; set it, or leave the verdicts out")
     world = World.start(args.sequence, None if args.device == "auto" else args.device)
     try:
         trainer = build(args, args.dataset, args.out, world)

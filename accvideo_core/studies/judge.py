@@ -21,7 +21,8 @@ from ..files import check_writable
 from ..synvid import SynVidDataset
 from ..synvid.verdicts import Verdict, write_verdicts
 from ..tiny import load_vae
-from ..tiny.clips import CLASSES
+from ..tiny.clips import CLASSES, FRAMES, SIZE
+from ..tiny.pipeline import latent_shape
 from ..tiny.prompts import read_prompt
 from ..tiny.vae import LATENT_SCALE, to_pixels
 from .evaluation import EvaluateArgs, load
@@ -67,6 +68,10 @@ def run(args: JudgeArgs) -> int:
         raise SynVidError(
             f"{args.dataset} is of the family {dataset.header.family}, and the oracle knows the tiny world alone; write down the "
             'verdicts of whoever judges yours as JSON lines, {"id": "...", "accepted": true}'
+        )
+    if other := set(dataset.buckets) - {latent_shape(FRAMES, SIZE, SIZE)}:
+        raise SynVidError(
+            f"{args.dataset} has latents of shape {min(other)}, and the oracle knows clips of {FRAMES} x {SIZE} x {SIZE}"
         )
     verdicts = judge(dataset, args.batch, args.device, args.student)
     write_verdicts(args.out, verdicts)

@@ -247,6 +247,8 @@ def test_verdicts_make_another_student_and_a_run_goes_on_with_them_alone(
     assert told["config"]["head_keys"] == [3, 1] and told["source"]["verdicts"] == digest(read_verdicts(path))
     assert "rejected " in capsys.readouterr().out
     assert cli.main([*command, "--verdicts", str(path), "--iterations", "3"]) == 0, capsys.readouterr().err
+    assert cli.main([*command, "--verdicts", str(path), "--adversarial-weight", "0"]) == 2
+    assert "verdicts are for the heads, and adversarial_weight is 0" in capsys.readouterr().err
     assert cli.main([*command, "--iterations", "4"]) == 2
     assert "holds another run (verdicts " in capsys.readouterr().err
 

@@ -69,11 +69,13 @@ def test_a_clip_is_accepted_if_it_is_clean_and_as_asked(
 
 def test_another_familys_dataset_and_a_bad_batch_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset(tmp_path / "wan", 2, header=replace(Header.of("wan-t2v-14b", "f" * 64, steps=4, segments=2)))
+    dataset(tmp_path / "small", 2)
     out = str(tmp_path / "verdicts.jsonl")
     for command, code, said in (
         ([str(tmp_path / "wan"), "-o", out], 1, "the oracle knows the tiny world alone"),
         ([str(tmp_path / "wan"), "-o", out, "--batch", "0"], 2, "batch is 0"),
         ([str(tmp_path / "none"), "-o", out], 1, "none"),
+        ([str(tmp_path / "small"), "-o", out], 1, "shape (4, 2, 4, 6), and the oracle knows clips of 17 x 64 x 64"),
     ):
         assert cli.main(["tiny", "judge", *command]) == code
         assert said in capsys.readouterr().err and not Path(out).exists()
