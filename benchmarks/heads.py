@@ -35,11 +35,10 @@ from accvideo_core.distill.discriminator import Discriminator, Kind
 from accvideo_core.distill.losses import GAN_LOSSES
 from accvideo_core.sampling import euler_flow
 from accvideo_core.schedule import PRESETS
-from accvideo_core.studies.exam import Row, read_clips, rights
+from accvideo_core.studies.judge import judge
 from accvideo_core.synvid import SynVidDataset
 from accvideo_core.tiny import load_tiny
 from accvideo_core.tiny.prompts import read_prompt
-from accvideo_core.tiny.vae import LATENT_SCALE, to_pixels
 
 PRESET = PRESETS["tiny"]
 CHUNK = 64  # latents that go through a network at once
@@ -79,7 +78,7 @@ class Bench:
     def __init__(self, args: Args) -> None:
         self.args, self.device = args, pick_device(args.device)
         self.teacher, self.text, _ = load_tiny("teacher", self.device)
-        self.student, _, self.vae = load_tiny("student", self.device)
+        self.student, _, _ = load_tiny("student", self.device)
         self.adapter, self.data = adapter_for("tiny"), SynVidDataset(args.dataset)
         self.adapter.check_header(self.data.header, self.teacher, self.adapter.fingerprint(self.teacher))
         self.prompts = [sample.prompt for sample in self.data.samples]
@@ -112,13 +111,8 @@ class Bench:
     @cached_property
     def right(self) -> Tensor:
         """(N,) whether the teacher's clip of a prompt shows what it asks for, by the oracle."""
-        plan, verdicts = [Row(prompt, 0, read_prompt(prompt)) for prompt in self.prompts], []
-        for start in tqdm(range(0, len(plan), CHUNK), "verdicts", leave=False):
-            rows = range(start, min(start + CHUNK, len(plan)))
-            with torch.inference_mode():
-                frames = to_pixels(self.vae.decode(self.latents(rows, 0) / LATENT_SCALE))
-            verdicts += rights(read_clips(frames), plan[rows.start : rows.stop])
-        return torch.tensor(verdicts)
+        verdicts = judge(self.data, CHUNK, self.args.device)
+        return torch.tensor([verdicts[sample.id].accepted for sample in self.data.samples])
 
     def sets(self) -> tuple[Tensor, Tensor]:
         """Numbers of the prompts whose real and fake latents are told apart."""

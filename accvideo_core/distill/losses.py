@@ -83,6 +83,11 @@ GAN_LOSSES: MappingProxyType[str, GanLoss] = MappingProxyType(
 )
 
 
+def weighted_mean(losses: Tensor, weights: Tensor) -> Tensor:
+    """Scalar: mean of losses (B, ...), each sample's weighed with one of weights (B,), which are taken to be of mean 1."""
+    return (weights * losses.flatten(1).mean(1)).mean()
+
+
 def approximate_r1(real: Tensor, disturbed: Tensor) -> Tensor:
     """Mean square (scalar) of how far a head's logits move when a little noise is added to the real latents: with noise of
     deviation s it is about s**2 times the R1 penalty, without second derivatives (Seaweed-APT, arXiv 2501.08316, Eq. 5)."""

@@ -29,7 +29,7 @@ from .config import TrainConfig, differences, settings_of
 from .discriminator import Discriminator
 from .health import Health, check_finite
 from .lora_student import add_lora, export_lora, share_base
-from .losses import GAN_LOSSES, approximate_r1, euler_step, trajectory_loss, x0_loss
+from .losses import GAN_LOSSES, approximate_r1, euler_step, trajectory_loss, weighted_mean, x0_loss
 from .memory import explained
 from .parallel import Ema, World
 from .rollout import Entry, Queues, keyed_noise
@@ -219,7 +219,7 @@ class Trainer:
     @torch.no_grad()
     def step_on(self, key: int, entry: Entry) -> Entry:
         """A queue's entry one student step further, to a key without a head."""
-        told = self.adapter.conditioning(self.source.batch(entry.draw, key).to(self.world.device), self.source.guidance)
+        told = self._shown(self.source, entry.draw, key).told
         made = [self.stepped(entry.latent[at], key, told.rows(at)) for at, _ in self._micro_batches()]
         return Entry(entry.draw, torch.cat(made))
 
@@ -229,14 +229,12 @@ class Trainer:
         """The head's loss on these rows: real ones, what the student made, and rejected ones if there are any."""
         c, gan = self.config, GAN_LOSSES[self.config.gan_loss]
         real_logits = self._judge(real, key, at)
-        loss = (weigh := real.weights[at]) @ gan.real(real_logits).flatten(1).mean(1) / len(weigh)
         fakes = gan.fake(fake_logits).mean()
         if rejected is not None:
             logits = self._judge(rejected, key, at)
-            refused = rejected.weights[at] @ gan.fake(logits).flatten(1).mean(1) / len(weigh)
-            fakes = torch.lerp(fakes, refused, c.rejected_share)
+            fakes = torch.lerp(fakes, weighted_mean(gan.fake(logits), rejected.weights[at]), c.rejected_share)
             self._see(f"logits/rejected/key_{key}", logits.mean(), share)
-        loss = loss + fakes
+        loss = weighted_mean(gan.real(real_logits), real.weights[at]) + fakes
         if c.r1_weight:
             step = iteration * self.segments + key
             noise = keyed_noise(real.latents[at], c.seed, "r1", step, self.rows.start + at.start)
