@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as json_module
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +50,9 @@ class JudgeArgs:
     student: Path | None = None
     """A student's file: weigh the rejected clips to what this student shows of prompts left open instead, so that the heads see
     what it shows too often, and too rarely."""
+    lean: float = 0.0
+    """With --student: how far to lean against that. What it shows half as often as the dataset is given 2 to this power of its
+    share among the accepted clips, and that part of it among the rejected."""
     batch: int = 64
     """Clips decoded, or made, at once."""
     device: str = "auto"
@@ -60,6 +64,10 @@ class JudgeArgs:
 def run(args: JudgeArgs) -> int:
     if args.batch < 1:
         raise InvalidValueError(f"batch is {args.batch}; it must be at least 1")
+    if args.lean and (args.student is None or not 0 < args.lean < math.inf):
+        raise InvalidValueError(
+            f"lean is {args.lean}; it must be at least 0, and needs a student to lean against: give --student"
+        )
     check_writable(args.out)
     if args.out.exists():
         raise InvalidValueError(f"{str(args.out)!r} is there already; name another file, or delete it")
@@ -73,7 +81,7 @@ def run(args: JudgeArgs) -> int:
         raise SynVidError(
             f"{args.dataset} has latents of shape {min(other)}, and the oracle knows clips of {FRAMES} x {SIZE} x {SIZE}"
         )
-    verdicts = judge(dataset, args.batch, args.device, args.student)
+    verdicts = judge(dataset, args.batch, args.device, args.student, args.lean)
     write_verdicts(args.out, verdicts)
     accepted = sum(verdict.accepted for verdict in verdicts.values())
     told = {"verdicts": str(args.out), "accepted": accepted, "rejected": len(verdicts) - accepted}
@@ -82,7 +90,9 @@ def run(args: JudgeArgs) -> int:
 
 
 @torch.inference_mode()
-def judge(dataset: SynVidDataset, batch: int = 64, device: str = "auto", student: Path | None = None) -> dict[str, Verdict]:
+def judge(
+    dataset: SynVidDataset, batch: int = 64, device: str = "auto", student: Path | None = None, lean: float = 0.0
+) -> dict[str, Verdict]:
     """{id: the oracle's verdict}, weighed by `weights`."""
     where = pick_device(device)
     pipeline = None if student is None else load(EvaluateArgs(Path(), weights=student, device=device))
@@ -97,7 +107,7 @@ def judge(dataset: SynVidDataset, batch: int = 64, device: str = "auto", student
             chunk = rows[part.start : part.stop]
             made += read_clips(pipeline.generate([row.prompt for row in chunk], [row.seed for row in chunk]).frames)
     accepted = rights(reads, rows)
-    each = weights(_open(reads, rows), np.array(accepted), _open(made, rows[: len(made)]))
+    each = weights(_open(reads, rows), np.array(accepted), _open(made, rows[: len(made)]), lean)
     return {
         sample.id: Verdict(yes, round(float(weight), 4))
         for sample, yes, weight in zip(dataset.samples, accepted, each, strict=True)
@@ -109,23 +119,33 @@ def _open(reads: Reads, rows: Sequence[Row]) -> Told:
     return [[None if kind in row.named else read[kind].name for kind in CLASSES] for read, row in zip(reads, rows, strict=True)]
 
 
-def weights(told: Told, accepted: NDArray[np.bool_], others: Told = (), rounds: int = 100) -> NDArray[np.float64]:
+def weights(
+    told: Told, accepted: NDArray[np.bool_], others: Told = (), lean: float = 0.0, rounds: int = 100
+) -> NDArray[np.float64]:
     """(N,) of mean 1 among the accepted and among the rejected, by which either have the whole's shares in every category.
 
     told    (N, categories): of each sample its value in each category; None where it has none, and does not count there
     others  (M, categories): what the rejected are to have the shares of instead, if there are any
+    lean    a value of share w in the whole and o in the others is to have w (w/o)^lean among the accepted, and o (o/w)^lean
+            among the rejected, each over the sum of these; w/o counts as 0.2 to 5
 
     Raking: the weights are brought to one category's shares after another's, again and again (Deming and Stephan 1940), and
     kept between 0.2 and 5. A value that the accepted, or the rejected, lack altogether stays missing there.
     """
-    found = np.ones(len(told))
-    for group, whole in ((accepted, told), (~accepted, others or told)):
+    found, columns = np.ones(len(told)), []
+    for ours, theirs in zip(zip(*told, strict=True), zip(*(others or told), strict=True), strict=True):
+        numbers = {value: number for number, value in enumerate(sorted({*ours, *theirs} - {None}))}
+        whole, other = _shares(ours, numbers), _shares(theirs, numbers)
+        ratio = np.divide(whole, other, np.full(len(numbers), HEAVIEST), where=other > 0).clip(LIGHTEST, HEAVIEST) ** lean
+        columns.append((np.array([numbers.get(value, -1) for value in ours]), {True: whole * ratio, False: other / ratio}))
+    for verdict in (True, False):
+        group = accepted == verdict
         if not group.any():
             continue
-        columns = [_column(ours, shares) for ours, shares in zip(zip(*told, strict=True), zip(*whole, strict=True), strict=True)]
         own = group.astype(float)
         for _ in range(rounds):
-            for has, values, wanted in columns:
+            for values, targets in columns:
+                has, wanted = values >= 0, targets[verdict]
                 counts = np.bincount(values[has], own[has], len(wanted))
                 there = wanted * (counts > 0)  # what the group lacks cannot be weighed
                 factors = np.divide(
@@ -137,12 +157,7 @@ def weights(told: Told, accepted: NDArray[np.bool_], others: Told = (), rounds: 
     return found
 
 
-def _column(
-    ours: Sequence[str | None], whole: Sequence[str | None]
-) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.float64]]:
-    """Of a category: whether each sample has a value, its number, and each number's share of the whole."""
-    numbers = {value: number for number, value in enumerate(sorted({value for value in (*ours, *whole) if value is not None}))}
-    counts = Counter(value for value in whole if value is not None)
-    shares = np.array([counts[value] for value in numbers]) / max(1, counts.total())
-    values = np.array([0 if value is None else numbers[value] for value in ours], int)
-    return np.array([value is not None for value in ours]), values, shares
+def _shares(values: Sequence[str | None], numbers: Mapping[str, int]) -> NDArray[np.float64]:
+    """Of every value its share of those that there are."""
+    counts = Counter(value for value in values if value is not None)
+    return np.array([counts[value] for value in numbers]) / max(1, counts.total())

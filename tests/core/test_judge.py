@@ -62,6 +62,9 @@ def test_a_clip_is_accepted_if_it_is_clean_and_as_asked(
     assert {name: verdict.accepted for name, verdict in others.items()} == asked
     assert [others[name] == verdicts[name] for name, yes in asked.items() if yes] == [True] * 4
     assert any(others[name].weight != verdicts[name].weight for name, yes in asked.items() if not yes)
+    leant = tmp_path / "leant.jsonl"
+    assert cli.main(f"tiny judge {folder} -o {leant} --student {student} --lean 1 --device cpu".split()) == 0
+    assert any(read_verdicts(leant)[name].weight != verdicts[name].weight for name, yes in asked.items() if yes)
     before = out.read_bytes()
     assert cli.main(["tiny", "judge", str(folder), "-o", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err and out.read_bytes() == before
@@ -74,6 +77,7 @@ def test_another_familys_dataset_and_a_bad_batch_are_refused(tmp_path: Path, cap
     for command, code, said in (
         ([str(tmp_path / "wan"), "-o", out], 1, "the oracle knows the tiny world alone"),
         ([str(tmp_path / "wan"), "-o", out, "--batch", "0"], 2, "batch is 0"),
+        ([str(tmp_path / "wan"), "-o", out, "--lean", "1"], 2, "lean is 1.0; it must be at least 0, and needs a student"),
         ([str(tmp_path / "none"), "-o", out], 1, "none"),
         ([str(tmp_path / "small"), "-o", out], 1, "shape (4, 2, 4, 6), and the oracle knows clips of 17 x 64 x 64"),
     ):
@@ -110,6 +114,10 @@ def test_the_rejected_can_be_weighed_to_what_others_show() -> None:
         return float(found[group & (values == value)].sum() / found[group & (values != None)].sum())  # noqa: E711
 
     assert share("a", accepted) == pytest.approx(0.6, abs=1e-3) and share("a", ~accepted) == pytest.approx(0.75, abs=1e-3)
+
+    found = weights(told, accepted, [("a",)] * 30 + [("b",)] * 10 + [("c",)] * 10, lean=2)  # b: 0.4 / 0.2, a: 0.6 / 0.6
+    assert share("a", accepted) == pytest.approx(0.6 / (0.6 + 0.4 * 4), abs=1e-3)
+    assert share("a", ~accepted) == pytest.approx(0.6 / (0.6 + 0.2 / 4), abs=1e-3)  # c, of the others alone, has nothing to weigh
 
 
 def test_weights_have_bounds_and_what_a_group_lacks_stays_missing() -> None:
