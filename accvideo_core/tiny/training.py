@@ -65,8 +65,11 @@ class TrainArgs:
     """Student only: so many more trajectories, captured here, as far as the segments that need the most of them."""
     start: Path | None = None
     """Student only: the file of a student to begin with, instead of the teacher."""
-    push: float = 0.0
-    """Student only, with --start: how far to push that student's second step on from a step of the teacher's."""
+    push: tuple[float | None, ...] = ()
+    """Student only, with --start: for each segment from the noise on, how far to push that student's step on from a step of the
+    teacher's; 0 holds it as it is, -1 makes it the teacher's, None learns it from trajectories, as all do by default."""
+    turns: tuple[int, ...] = ()
+    """Student only: the segments that fill a batch in turn, 0 the one that begins with noise; default: all alike."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 

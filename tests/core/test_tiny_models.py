@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,15 +23,15 @@ from accvideo_core.checkpoint import load_student
 from accvideo_core.devices import pick_device
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import AccVideoError, CheckpointError, InvalidValueError
-from accvideo_core.sampling import make_noise, multistep_flow
+from accvideo_core.sampling import euler_flow, make_noise, multistep_flow
 from accvideo_core.schedule import PRESETS
 from accvideo_core.studies import compare, evaluation
 from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, muon, oracle, part_hash, training, weights_path
 from accvideo_core.tiny.pipeline import TinyPipeline, latent_shape
 from accvideo_core.tiny.prompts import read_prompt
 from accvideo_core.tiny.tasks import flow, make_task
-from accvideo_core.tiny.tasks.common import to_network
-from accvideo_core.tiny.tasks.student import StudentTask
+from accvideo_core.tiny.tasks.common import draw_guidance, to_network
+from accvideo_core.tiny.tasks.student import StudentTask, draw_noise_and_prompts
 from accvideo_core.tiny.tasks.vae import DecoderTask
 from accvideo_core.tiny.text import TinyTextEncoder
 from accvideo_core.tiny.vae import TinyVAE, gaussian_derivatives
@@ -324,19 +326,53 @@ def test_the_student_learns_its_first_segments_from_more_trajectories(as_base, t
     assert {k for k, i in places if i > 1} == {0, 1, 2} and {k for k, i in places if i < 2} >= {3, 4}
 
 
+def test_a_student_is_given_its_teachers_last_step_and_held_in_the_others(as_base, tmp_path, small):
+    """Where it arrives itself, from new noise and prompts alone: nothing is captured for it."""
+    start = tmp_path / "start.safetensors"
+    save_file({name: t * 0.9 for name, t in load_file(as_base / "teacher.safetensors").items()}, start)
+    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path / "run", 3, start=start, push=(0, 0, 0, 0, -1), turns=(4, 1, 4))
+    task.prepare(training.Share())
+    assert not (tmp_path / "run").exists()
+    first, seen, network = load_student(start, dtype=torch.float32), [], task.network
+    task.network = lambda *given: seen.append(given) or network(*given)
+    loss, again = task.loss(0, 6, slice(0, 6)), task.loss(0, 6, slice(2, 4))
+    (latent, sigma, cond), (part, _, _) = seen
+    torch.testing.assert_close(part, latent[2:4], rtol=1e-4, atol=1e-4)
+    assert sorted(sigma.tolist(), reverse=True) == [task.sigmas[1]] * 2 + [task.sigmas[4]] * 4
+    generator = clips.keyed_generator(0, "student", 0)  # what is drawn before the noise
+    torch.randperm(6, generator=generator), torch.rand(6, generator=generator, dtype=torch.float64)
+    draw_guidance(6, generator)
+    noise, prompts = draw_noise_and_prompts(6, generator)
+    assert torch.equal(task.text.condition(prompts, cond.guidance).text, cond.text)
+
+    def row_of(row):
+        """What row of the batch it is to begin with, and its velocity there."""
+        told, level = cond.rows([row]), sigma[row : row + 1]
+        until = task.sigmas[: task.sigmas.tolist().index(float(level)) + 1]
+        arrived = euler_flow(lambda x, s: first(x, s, told), noise[row : row + 1], until)
+        return arrived, (task.teacher if level == task.sigmas[4] else first)(arrived, level, told)
+
+    with torch.no_grad():
+        expected, due = (torch.cat(rows) for rows in zip(*map(row_of, range(6)), strict=True))
+        torch.testing.assert_close(latent, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(loss.detach(), task.error(network(latent, sigma, cond) - due).mean())
+        torch.testing.assert_close(again.detach(), task.error((network(latent, sigma, cond) - due)[2:4]).mean())
+
+
 def test_a_students_second_step_is_pushed_on_from_the_teachers(as_base, tmp_path, small):
     """Where it arrives itself from new noise, half as far again as it lies from where one step of the teacher's goes; the other
     segments are learned as ever."""
     start = tmp_path / "start.safetensors"
     save_file({name: t * 0.9 for name, t in load_file(as_base / "teacher.safetensors").items()}, start)
-    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path, 3, start=start, push=0.5)
+    how = {"push": (None, 0.5, None, None, None), "turns": (0, 1, 1, 1, 1, 1, 2, 2, 3, 4)}
+    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path, 3, start=start, **how)
     task.prepare(training.Share())
     first = load_student(start, dtype=torch.float32)
     seen, pushed, network, push = [], [], task.network, task.pushed
     task.network = lambda *given: seen.append(given) or network(*given)
     task.pushed = lambda *given: pushed.append((given, push(*given))) or pushed[-1][1]
     loss = task.loss(0, 10, slice(1, 8))
-    ((noisy, sigma, cond),), (((noise, told), (latent, due)),) = seen, pushed
+    ((noisy, sigma, cond),), (((noise, _, told), (latent, due)),) = seen, pushed
     second = sigma == task.sigmas[1]
     assert 3 <= len(noise) == int(second.sum()) and noise.std() == pytest.approx(1, abs=0.05)
     assert torch.equal(noisy[second], latent) and torch.equal(cond.text[second], told.text) and len(noise[0].unique()) > 5000
@@ -500,9 +536,12 @@ def test_bad_training_arguments_are_named(tmp_path):
         make_task(training.TrainArgs("student", trajectories=0), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="early is -1"):
         make_task(training.TrainArgs("student", early=-1), tmp_path, torch.device("cpu"))
-    for start, push in ((None, 1.0), (tmp_path / "student.safetensors", -1.0)):
-        with pytest.raises(InvalidValueError, match=f"push is {push}; it must be at least 0, and takes a student"):
+    file = tmp_path / "student.safetensors"
+    for start, push in ((None, (0.0, 1.0, 0.0, 0.0, 0.0)), (file, (1.0,)), (file, (0.0, math.inf, 0.0, 0.0, None))):
+        with pytest.raises(InvalidValueError, match=re.escape(f"push is {push}; it has a number or None for each of the 5")):
             make_task(training.TrainArgs("student", start=start, push=push), tmp_path, torch.device("cpu"))
+    with pytest.raises(InvalidValueError, match=r"turns is \(1, 5\); the segments are 0 to 4"):
+        make_task(training.TrainArgs("student", turns=(1, 5)), tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):
         train("teacher", tmp_path / "empty", 1)
     with pytest.raises(InvalidValueError, match="device 'tpu'"):

@@ -9,6 +9,7 @@ import torch
 
 from ...errors import InvalidValueError
 from ..training import Task, TrainArgs
+from .common import KEYS
 from .flow import BaseTask, GuidedTask, TeacherTask
 from .student import StudentTask
 from .vae import DecoderTask, VAETask
@@ -23,8 +24,13 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         raise InvalidValueError(f"trajectories is {args.trajectories}; it must be at least 1")
     if args.early < 0:
         raise InvalidValueError(f"early is {args.early}; it must be at least 0")
-    if args.push and (args.start is None or not 0 < args.push < math.inf):
-        raise InvalidValueError(f"push is {args.push}; it must be at least 0, and takes a student to push on: give --start, too")
+    if args.push and (args.start is None or len(args.push) != KEYS or not all(p is None or math.isfinite(p) for p in args.push)):
+        raise InvalidValueError(
+            f"push is {args.push}; it has a number or None for each of the {KEYS} segments, and takes a student to push on: give "
+            "--start, too"
+        )
+    if not all(0 <= turn < KEYS for turn in args.turns):
+        raise InvalidValueError(f"turns is {args.turns}; the segments are 0 to {KEYS - 1}, 0 the one that begins with noise")
     part, seed, run = args.part, args.seed, args.run / args.part
     if part == "vae":
         return VAETask(seed, device)
@@ -36,4 +42,5 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    return StudentTask(seed, device, weights, run, args.trajectories, args.dataset, args.early, args.start, args.push)
+    given = (args.trajectories, args.dataset, args.early, args.start, args.push, args.turns)
+    return StudentTask(seed, device, weights, run, *given)

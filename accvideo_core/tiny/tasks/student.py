@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,16 +43,17 @@ class StudentTask:
 
     What is to be seen is decided in the second segment, and in the third: they take many more trajectories to learn than the
     others, and nearly all that the student lacks of its teacher is lost there. So `early` trajectories end behind them and are
-    solved in fewer steps, and a student that goes on from an earlier one has batches mostly of these two.
+    solved in fewer steps, and `turns` says which segments a batch has, all alike by default.
 
-    What it cannot tell from the second segment's beginning comes out as a mean of what it may become, which later steps do not
-    part again. So in a last round, of a student to start from, `push` takes that segment's velocity on, away from that of one
-    step of the teacher's, the mean of all there is: as guidance does, and as the guided base was pushed from a weaker one. It
-    does so where the student itself arrives from new noise and prompts.
+    In a further round, of a student to start from, `push` has for every segment how far to take that student's own velocity on,
+    away from that of one step of the teacher's, where the student itself arrives from new noise and prompts; None leaves the
+    segment to the trajectories. What it cannot tell from the second segment's beginning comes out as a mean of what it may
+    become, which later steps do not part again: 1 goes away from one step of the teacher's, the mean of all there is, as guidance
+    does, and as the guided base was pushed from a weaker one. 0 holds what the student does, and -1 is the teacher's own step,
+    which for the last segment is the better one: a student rounds corners there.
     """
 
     early_segments, early_steps = 3, 5  # and steps of each
-    later_turns = (0, 1, 1, 1, 1, 1, 2, 2, 3, 4)  # the segments of a batch, of a student that goes on
 
     defaults = Defaults(steps=400, batch=32, lr=5e-4, warmup=50, ema=0.998)
 
@@ -65,7 +67,8 @@ class StudentTask:
         dataset: Path | None = None,
         early: int = 0,
         start: Path | None = None,
-        push: float = 0.0,
+        push: Sequence[float | None] = (),
+        turns: Sequence[int] = (),
     ) -> None:
         from .. import load_tiny, part_hash
 
@@ -74,10 +77,10 @@ class StudentTask:
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         captured = dict(self.made_from)
         self.first = self.teacher if start is None else self.begin_with(start)
-        self.turns = tuple(range(KEYS)) if start is None else self.later_turns
-        self.push = push
-        if push:
-            self.made_from["push"] = str(push)
+        self.turns, self.push = turns or range(KEYS), push or [None] * KEYS
+        for name, chosen in (("push", push), ("turns", turns)):
+            if chosen:
+                self.made_from[name] = " ".join(map(str, chosen))
         self.network = copy.deepcopy(self.first)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
@@ -109,6 +112,9 @@ class StudentTask:
         return network
 
     def prepare(self, share: Share) -> None:
+        if all(self.push[k] is not None for k in self.turns):
+            self.latents, self.prompts = [torch.empty(0)] * (KEYS + 1), []
+            return
         if self.dataset is None:
             keys, self.prompts, _ = self.capture.all(self.count, share)
         else:
@@ -128,30 +134,41 @@ class StudentTask:
         index = (torch.rand(batch, generator=generator, dtype=torch.float64) * reached[position]).long()
         guidance = draw_guidance(batch, generator)[rows]
         index, position = index[rows], position[rows]
-        places = list(zip(position.tolist(), index.tolist(), strict=True))
-        noisier, cleaner = (torch.stack([self.latents[k + d][i].float() for k, i in places]).to(self.device) for d in (0, 1))
-        sigma, sigma_next = self.sigmas[position], self.sigmas[position + 1]
-        target = segment_velocity(noisier, cleaner, sigma, sigma_next)
-        prompts = [self.prompts[int(i)] for i in index]
-        second = (position == 1).nonzero()[:, 0]
-        if self.push and len(second):
+        learned = [i for i, k in enumerate(position.tolist()) if self.push[k] is None]
+        own = [i for i, k in enumerate(position.tolist()) if self.push[k] is not None]
+        noisier, target = (torch.empty(len(position), *LATENT_SHAPE, device=self.device) for _ in range(2))
+        prompts = [self.prompts[i] if k in learned else "" for k, i in enumerate(index.tolist())]
+        if own:
             noise, drawn = draw_noise_and_prompts(batch, generator)
             new = drawn[rows]
-            for i in second.tolist():
-                prompts[i] = new[i]
-            cond = self.text.condition([prompts[i] for i in second.tolist()], guidance[second])
-            noisier[second], target[second] = self.pushed(noise[rows][second].to(self.device), cond)
+            prompts = [new[i] if i in own else prompt for i, prompt in enumerate(prompts)]
         with torch.no_grad():
             cond = self.text.condition(prompts, guidance)
-        return self.error(self.network(noisier, sigma, cond).float() - target).mean()
+        if learned:
+            noisier[learned], target[learned] = self.segments(position[learned], index[learned])
+        if own:
+            noisier[own], target[own] = self.pushed(noise[rows][own].to(self.device), position[own], cond.rows(own))
+        return self.error(self.network(noisier, self.sigmas[position], cond).float() - target).mean()
+
+    def segments(self, position: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The beginnings of these trajectories' segments, and the segments' velocities."""
+        places = list(zip(position.tolist(), index.tolist(), strict=True))
+        noisier, cleaner = (torch.stack([self.latents[k + d][i].float() for k, i in places]).to(self.device) for d in (0, 1))
+        return noisier, segment_velocity(noisier, cleaner, self.sigmas[position], self.sigmas[position + 1])
 
     @torch.no_grad()
-    def pushed(self, noise: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
-        """Where the student arrives by its first step, and the velocity its second is to have there."""
-        start, second = (level.expand(len(noise)) for level in self.sigmas[:2])
-        latent = noise + (self.sigmas[1] - self.sigmas[0]) * self.first(noise, start, cond).float()
-        mine = self.first(latent, second, cond).float()
-        return latent, mine + self.push * (mine - self.teacher(latent, second, cond).float())
+    def pushed(self, noise: Tensor, position: Tensor, cond: Conditioning) -> tuple[Tensor, Tensor]:
+        """Where the student arrives at the beginning of each row's segment, and the velocity it is to have there."""
+        latent, due = noise.clone(), torch.empty_like(noise)
+        for k in range(int(position.max()) + 1):
+            going, here = position >= k, position == k
+            mine = self.first(latent[going], self.sigmas[k].expand(int(going.sum())), cond.rows(going)).float()
+            due[going] = mine  # of the rows that go on until their own segment
+            if self.push[k] and here.any():
+                single = self.teacher(latent[here], self.sigmas[k].expand(int(here.sum())), cond.rows(here)).float()
+                due[here] += self.push[k] * (due[here] - single)
+            latent[position > k] += (self.sigmas[k + 1] - self.sigmas[k]) * due[position > k]
+        return latent, due
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
