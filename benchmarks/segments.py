@@ -2,8 +2,10 @@
 
     python benchmarks/segments.py PLAN [--dataset DATASET] [--rows 400] [--json FILE]
 
-PLAN is a plan of prompts and seeds (`accvideo tiny prompts`). Clips are made by the teacher in the first segments and by the
-student in the others, for every number of the teacher's: what is right by the oracle falls most at the step that costs most.
+PLAN is a plan of prompts and seeds (`accvideo tiny prompts`). Clips are made by the teacher (T) in the first segments and by the
+student (S) in the others, for every number of the teacher's: what is right by the oracle falls most at the step that costs most.
+And the other way round, which tells what its steps cost from where it arrives itself; the last segments once by the teacher's
+fine steps and once by one step of the teacher's (t) each.
 
 Beside it the error of each step: mean squared difference of the student's velocity to that of the teacher's segment, from the
 teacher's own key latent and from where the student itself has arrived, the teacher going on from there. With DATASET, the SynVid
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from accvideo_core.dit import HunyuanVideoDiT
 from accvideo_core.errors import InvalidValueError
 from accvideo_core.sampling import euler_flow, make_noise
 from accvideo_core.schedule import PRESETS, key_indices
-from accvideo_core.studies.exam import Row, read_clips, read_plan, score_reads
+from accvideo_core.studies.exam import Reads, Row, read_clips, read_plan, score_reads
 from accvideo_core.synvid import SynVidDataset
 from accvideo_core.tiny import LATENT_SCALE, load_tiny
 from accvideo_core.tiny.pipeline import TinyPipeline
@@ -86,22 +89,34 @@ class Bench:
     def segment(self, number: int, latent: Tensor, prompts: list[str]) -> Tensor:
         return self.go(self.teacher, latent, self.grids[number], prompts)
 
-    def right(self, rows: list[Row]) -> list[float]:
-        """The share that is right with the teacher in the first 0, 1 .. m segments."""
-        reads: list[list] = [[] for _ in range(PRESET.steps + 1)]
+    @torch.inference_mode()
+    def read(self, clean: Tensor) -> Reads:
+        return read_clips(to_pixels(self.pipeline.vae.decode(clean / LATENT_SCALE)))
+
+    def right(self, rows: list[Row]) -> dict[str, float]:
+        """The share that is right by who makes which segments: TTSSS is the teacher in the first two, the student then."""
+        going: dict[str, Callable[[int, Tensor, list[str]], Tensor]] = {
+            "T": self.segment,
+            "S": self.step,
+            "t": lambda number, *given: self.go(self.teacher, given[0], self.keys[number : number + 2], given[1]),
+        }
+        reads: dict[str, Reads] = {}
         for start in tqdm(range(0, len(rows), self.args.batch), "clips", mininterval=5):
             some = rows[start : start + self.args.batch]
             prompts, shape = [row.prompt for row in some], (len(some), 16, 5, 8, 8)
-            latent = make_noise(shape, [row.seed for row in some]).to(self.device)
-            for taught in range(PRESET.steps + 1):
-                clean = latent
-                for number in range(taught, PRESET.steps):
-                    clean = self.step(number, clean, prompts)
-                with torch.inference_mode():
-                    reads[taught] += read_clips(to_pixels(self.pipeline.vae.decode(clean / LATENT_SCALE)))
-                if taught < PRESET.steps:
-                    latent = self.segment(taught, latent, prompts)
-        return [score_reads(each, rows)["right"] for each in reads]
+            noise = make_noise(shape, [row.seed for row in some]).to(self.device)
+            for first, then in ("TS", "ST", "St"):
+                latent = noise
+                for changed in range(PRESET.steps + 1):
+                    name = changed * first + (PRESET.steps - changed) * then
+                    if len(reads.get(name, [])) <= start:
+                        clean = latent
+                        for number in range(changed, PRESET.steps):
+                            clean = going[then](number, clean, prompts)
+                        reads.setdefault(name, []).extend(self.read(clean))
+                    if changed < PRESET.steps:
+                        latent = going[first](changed, latent, prompts)
+        return {name: score_reads(each, rows)["right"] for name, each in reads.items()}
 
     def errors(self, noise: Tensor, prompts: list[str], keys: list[Tensor] | None = None) -> dict[str, list[float]]:
         """By segment: on the teacher's key latents, made here unless they are given, and on the student's own."""
@@ -124,8 +139,8 @@ def main() -> None:
     if not 0 < max(args.rows, args.forced) <= len(rows):
         raise InvalidValueError(f"{args.plan} has {len(rows)} rows; --rows and --forced must be from 1 to so many")
     result = {"right": bench.right(rows[: args.rows]), "rows": args.rows}
-    for taught, share in enumerate(result["right"]):
-        print(f"{taught * 'T':5}{(PRESET.steps - taught) * 'S'}  {100 * share:5.1f} % right", flush=True)
+    for name, share in result["right"].items():
+        print(f"{name}  {100 * share:5.1f} % right", flush=True)
     few = rows[: args.forced]
     noise = make_noise((len(few), 16, 5, 8, 8), [row.seed for row in few])
     result["errors"] = {"new trajectories": bench.errors(noise, [row.prompt for row in few])}

@@ -66,8 +66,10 @@ class TrainArgs:
     start: Path | None = None
     """Student only: the file of a student to begin with, instead of the teacher."""
     push: tuple[float | None, ...] = ()
-    """Student only, with --start: for each segment from the noise on, how far to push that student's step on from a step of the
-    teacher's; 0 holds it as it is, -1 makes it the teacher's, None learns it from trajectories, as all do by default."""
+    """Student only, with --start: for each segment from the noise on, how far to push that student's step on from the teacher's;
+    0 holds it as it is, -1 makes it the teacher's, None learns it from trajectories, as all do by default."""
+    teacher_steps: int = 1
+    """Student only, with --push: the steps of the teacher's in a segment."""
     turns: tuple[int, ...] = ()
     """Student only: the segments that fill a batch in turn, 0 the one that begins with noise; default: all alike."""
     save_every: float = 120.0

@@ -330,7 +330,8 @@ def test_a_student_is_given_its_teachers_last_step_and_held_in_the_others(as_bas
     """Where it arrives itself, from new noise and prompts alone: nothing is captured for it."""
     start = tmp_path / "start.safetensors"
     save_file({name: t * 0.9 for name, t in load_file(as_base / "teacher.safetensors").items()}, start)
-    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path / "run", 3, start=start, push=(0, 0, 0, 0, -1), turns=(4, 1, 4))
+    how = {"push": (0, 0, 0, 0, -1), "teacher_steps": 2, "turns": (4, 1, 4)}
+    task = StudentTask(0, torch.device("cpu"), as_base, tmp_path / "run", 3, start=start, **how)
     task.prepare(training.Share())
     assert not (tmp_path / "run").exists()
     first, seen, network = load_student(start, dtype=torch.float32), [], task.network
@@ -350,7 +351,10 @@ def test_a_student_is_given_its_teachers_last_step_and_held_in_the_others(as_bas
         told, level = cond.rows([row]), sigma[row : row + 1]
         until = task.sigmas[: task.sigmas.tolist().index(float(level)) + 1]
         arrived = euler_flow(lambda x, s: first(x, s, told), noise[row : row + 1], until)
-        return arrived, (task.teacher if level == task.sigmas[4] else first)(arrived, level, told)
+        if level == task.sigmas[1]:
+            return arrived, first(arrived, level, told)
+        end = euler_flow(lambda x, s: task.teacher(x, s, told), arrived, PRESETS["tiny"].sigmas(10)[8:])
+        return arrived, (arrived - end) / task.sigmas[4]
 
     with torch.no_grad():
         expected, due = (torch.cat(rows) for rows in zip(*map(row_of, range(6)), strict=True))
@@ -540,6 +544,8 @@ def test_bad_training_arguments_are_named(tmp_path):
     for start, push in ((None, (0.0, 1.0, 0.0, 0.0, 0.0)), (file, (1.0,)), (file, (0.0, math.inf, 0.0, 0.0, None))):
         with pytest.raises(InvalidValueError, match=re.escape(f"push is {push}; it has a number or None for each of the 5")):
             make_task(training.TrainArgs("student", start=start, push=push), tmp_path, torch.device("cpu"))
+    with pytest.raises(InvalidValueError, match="teacher steps is 0; it must be at least 1"):
+        make_task(training.TrainArgs("student", teacher_steps=0), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match=r"turns is \(1, 5\); the segments are 0 to 4"):
         make_task(training.TrainArgs("student", turns=(1, 5)), tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):

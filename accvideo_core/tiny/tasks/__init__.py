@@ -29,6 +29,8 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
             f"push is {args.push}; it has a number or None for each of the {KEYS} segments, and takes a student to push on: give "
             "--start, too"
         )
+    if args.teacher_steps < 1:
+        raise InvalidValueError(f"teacher steps is {args.teacher_steps}; it must be at least 1")
     if not all(0 <= turn < KEYS for turn in args.turns):
         raise InvalidValueError(f"turns is {args.turns}; the segments are 0 to {KEYS - 1}, 0 the one that begins with noise")
     part, seed, run = args.part, args.seed, args.run / args.part
@@ -42,5 +44,5 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    given = (args.trajectories, args.dataset, args.early, args.start, args.push, args.turns)
+    given = (args.trajectories, args.dataset, args.early, args.start, args.push, args.teacher_steps, args.turns)
     return StudentTask(seed, device, weights, run, *given)

@@ -18,6 +18,7 @@ from ...distill.adapters import adapter_for
 from ...distill.source import check_schedule
 from ...dit import Conditioning, HunyuanVideoDiT
 from ...errors import InvalidValueError
+from ...sampling import euler_flow
 from ...schedule import key_indices, key_sigmas
 from ...synvid import SynVidDataset
 from ..clips import keyed_generator, sample_scenes
@@ -46,11 +47,11 @@ class StudentTask:
     solved in fewer steps, and `turns` says which segments a batch has, all alike by default.
 
     In a further round, of a student to start from, `push` has for every segment how far to take that student's own velocity on,
-    away from that of one step of the teacher's, where the student itself arrives from new noise and prompts; None leaves the
-    segment to the trajectories. What it cannot tell from the second segment's beginning comes out as a mean of what it may
-    become, which later steps do not part again: 1 goes away from one step of the teacher's, the mean of all there is, as guidance
-    does, and as the guided base was pushed from a weaker one. 0 holds what the student does, and -1 is the teacher's own step,
-    which for the last segment is the better one: a student rounds corners there.
+    away from the teacher's over the segment in `teacher_steps`, where the student itself arrives from new noise and prompts; None
+    leaves the segment to the trajectories. What it cannot tell from the second segment's beginning comes out as a mean of what it
+    may become, which later steps do not part again: 1 goes away from one step of the teacher's, the mean of all there is, as
+    guidance does, and as the guided base was pushed from a weaker one. 0 holds what the student does, and -1 is what the teacher
+    does, from there: in the last segment, which trajectories of the teacher's alone teach from other beginnings, the better.
     """
 
     early_segments, early_steps = 3, 5  # and steps of each
@@ -68,6 +69,7 @@ class StudentTask:
         early: int = 0,
         start: Path | None = None,
         push: Sequence[float | None] = (),
+        teacher_steps: int = 1,
         turns: Sequence[int] = (),
     ) -> None:
         from .. import load_tiny, part_hash
@@ -77,8 +79,8 @@ class StudentTask:
         self.teacher, self.text, self.vae = load_tiny("teacher", device=device, folder=weights)
         captured = dict(self.made_from)
         self.first = self.teacher if start is None else self.begin_with(start)
-        self.turns, self.push = turns or range(KEYS), push or [None] * KEYS
-        for name, chosen in (("push", push), ("turns", turns)):
+        self.turns, self.push, self.teacher_steps = turns or range(KEYS), push or [None] * KEYS, teacher_steps
+        for name, chosen in (("push", push), ("turns", turns), ("teacher_steps", [teacher_steps] if push else ())):
             if chosen:
                 self.made_from[name] = " ".join(map(str, chosen))
         self.network = copy.deepcopy(self.first)
@@ -113,7 +115,7 @@ class StudentTask:
 
     def prepare(self, share: Share) -> None:
         if all(self.push[k] is not None for k in self.turns):
-            self.latents, self.prompts = [torch.empty(0)] * (KEYS + 1), []
+            self.count, self.latents, self.prompts = 0, [torch.empty(0)] * (KEYS + 1), []
             return
         if self.dataset is None:
             keys, self.prompts, _ = self.capture.all(self.count, share)
@@ -161,14 +163,19 @@ class StudentTask:
         """Where the student arrives at the beginning of each row's segment, and the velocity it is to have there."""
         latent, due = noise.clone(), torch.empty_like(noise)
         for k in range(int(position.max()) + 1):
-            going, here = position >= k, position == k
+            going, here, push = position >= k, position == k, self.push[k]
             mine = self.first(latent[going], self.sigmas[k].expand(int(going.sum())), cond.rows(going)).float()
             due[going] = mine  # of the rows that go on until their own segment
-            if self.push[k] and here.any():
-                single = self.teacher(latent[here], self.sigmas[k].expand(int(here.sum())), cond.rows(here)).float()
-                due[here] += self.push[k] * (due[here] - single)
+            if push and here.any():
+                due[here] += push * (due[here] - self.taught(k, latent[here], cond.rows(here)))
             latent[position > k] += (self.sigmas[k + 1] - self.sigmas[k]) * due[position > k]
         return latent, due
+
+    def taught(self, segment: int, latent: Tensor, cond: Conditioning) -> Tensor:
+        """The teacher's velocity over a segment, in `teacher_steps` of its steps."""
+        sigmas = PRESET.sigmas(KEYS * self.teacher_steps)[segment * self.teacher_steps :][: self.teacher_steps + 1]
+        clean = euler_flow(lambda x, s: self.teacher(x, s, cond), latent, sigmas)
+        return (clean - latent) / (sigmas[-1] - sigmas[0])
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
