@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +85,9 @@ class Bench:
     def step(self, number: int, latent: Tensor, prompts: list[str]) -> Tensor:
         return self.go(self.student, latent, self.keys[number : number + 2], prompts)
 
+    def single(self, number: int, latent: Tensor, prompts: list[str]) -> Tensor:
+        return self.go(self.teacher, latent, self.keys[number : number + 2], prompts)
+
     def segment(self, number: int, latent: Tensor, prompts: list[str]) -> Tensor:
         return self.go(self.teacher, latent, self.grids[number], prompts)
 
@@ -95,11 +97,7 @@ class Bench:
 
     def right(self, rows: list[Row]) -> dict[str, float]:
         """The share that is right by who makes which segments: TTSSS is the teacher in the first two, the student then."""
-        going: dict[str, Callable[[int, Tensor, list[str]], Tensor]] = {
-            "T": self.segment,
-            "S": self.step,
-            "t": lambda number, *given: self.go(self.teacher, given[0], self.keys[number : number + 2], given[1]),
-        }
+        going = {"T": self.segment, "S": self.step, "t": self.single}
         reads: dict[str, Reads] = {}
         for start in tqdm(range(0, len(rows), self.args.batch), "clips", mininterval=5):
             some = rows[start : start + self.args.batch]

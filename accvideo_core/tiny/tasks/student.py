@@ -175,7 +175,7 @@ class StudentTask:
         """The teacher's velocity over a segment, in `teacher_steps` of its steps."""
         sigmas = PRESET.sigmas(KEYS * self.teacher_steps)[segment * self.teacher_steps :][: self.teacher_steps + 1]
         clean = euler_flow(lambda x, s: self.teacher(x, s, cond), latent, sigmas)
-        return (clean - latent) / (sigmas[-1] - sigmas[0])
+        return segment_velocity(latent, clean, *(self.sigmas[k].expand(len(latent)) for k in (segment, segment + 1)))
 
     def export(self, folder: Path, steps: int) -> list[Path]:
         note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
