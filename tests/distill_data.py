@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from accvideo_core.distill.adapters import HunyuanAdapter
 from accvideo_core.distill.config import TrainConfig
+from accvideo_core.distill.on_policy import Continuation
 from accvideo_core.distill.parallel import World
 from accvideo_core.distill.trainer import Trainer
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
@@ -20,6 +21,7 @@ from tests.synvid_data import SHAPE
 MINUTE = DiTConfig(16, 1, 1, 2, text_dim=8, pooled_dim=6, in_channels=4, out_channels=4, rope_dims=(4, 6, 6), refiner_depth=1)
 EXPORTABLE = DiTConfig(128, 1, 1, 1, text_dim=8, pooled_dim=6, in_channels=4, out_channels=4, mlp_ratio=1.0, refiner_depth=1)
 SIGMAS = (0.0, 0.6, 1.0)
+LEVELS = ((0.6, 0.3, 0.0), (1.0, 0.8, 0.6))
 QUICK: dict[str, Any] = dict(
     batch=4, iterations=3, lr=1e-3, head_lr=1e-3, warmup=0, head_channels=8, head_depth=1, precision="float32"
 )
@@ -65,11 +67,13 @@ def trainer(config: DiTConfig = MINUTE, teacher: nn.Module | None = None, source
     """One process on the CPU; `chosen` are fields of TrainConfig, or Trainer's own arguments."""
     own = {
         name: chosen.pop(name)
-        for name in ("folder", "held_out", "judged", "observers", "show", "adapter", "student")
+        for name in ("folder", "held_out", "judged", "going_on", "observers", "show", "adapter", "student")
         if name in chosen
     }
     adapter, student = own.pop("adapter", HunyuanAdapter("tiny")), own.pop("student", None) or network(config)
     settings = TrainConfig(**QUICK | chosen)
+    if settings.on_policy_weight:
+        own.setdefault("going_on", Continuation(adapter, LEVELS, MadeUp.guidance))
     world = World(device=torch.device("cpu"))
     return Trainer(settings, adapter, student, teacher or network(config), source or MadeUp(), world, **own)
 

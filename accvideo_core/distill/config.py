@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from ..errors import InvalidValueError
+from ..errors import InvalidValueError, TrainingError
 from .discriminator import Heads, Kind
 from .losses import GAN_LOSSES
 
@@ -31,6 +33,12 @@ class TrainConfig:
     """Weight of the trajectory loss; 0 leaves it out."""
     adversarial_weight: float = 0.1
     """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with teacher and heads."""
+    on_policy_weight: float = 0.0
+    """Weight of the trajectory loss from where the student itself arrives, the teacher going on from there; 0 leaves it out."""
+    on_policy_keys: tuple[int, ...] | None = None
+    """The keys, 0 the clean one, whose segments have that loss; default: all."""
+    on_policy_steps: int = 3
+    """Steps in which the teacher goes on over a segment, at most as many as it took there when its trajectories were captured."""
     head_warmup: int = 0
     """Iterations at the beginning in which the heads alone learn and the student stands still."""
     target: Literal["velocity", "x0"] = "velocity"
@@ -121,10 +129,12 @@ class TrainConfig:
                 return f"{name} is {getattr(self, name)}; it must be at least 0 and below 1"
         if not 0 <= self.rejected_share <= 1:
             return f"rejected_share is {self.rejected_share}; it must be from 0 to 1"
-        if self.head_keys is not None and (not self.head_keys or min(self.head_keys) < 0):
-            return f"head_keys are {self.head_keys}; name keys from 0, the clean one, on, or leave it out for all"
-        if self.trajectory_weight == self.adversarial_weight == 0:
-            return "trajectory_weight and adversarial_weight are both 0, so there is nothing to learn; set one of them"
+        for name in ("head_keys", "on_policy_keys"):
+            keys = getattr(self, name)
+            if keys is not None and (not keys or min(keys) < 0):
+                return f"{name} are {keys}; name keys from 0, the clean one, on, or leave it out for all"
+        if self.trajectory_weight == self.adversarial_weight == self.on_policy_weight == 0:
+            return "trajectory_weight, adversarial_weight and on_policy_weight are all 0, so nothing is learned; set one of them"
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 return f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}"
@@ -152,6 +162,8 @@ _LEAST = {
     "micro_batch": 1,
     "trajectory_weight": 0,
     "adversarial_weight": 0,
+    "on_policy_weight": 0,
+    "on_policy_steps": 1,
     "r1_weight": 0,
     "head_warmup": 0,
     "queue_length": 1,
@@ -176,12 +188,23 @@ _KEPT = frozenset(("keep_queues", "export_dtype", "validate_every", "best", "sav
 FREE = _HOW | _KEPT
 
 
-def settings_of(told: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that was written down, with the defaults of those fields that its version did not have yet."""
-    return asdict(TrainConfig()) | told
+def check_same_run(path: Path, told: dict[str, Any]) -> None:
+    """Whether a run of which `told` is to be written down, {"config": fields, "source": data}, goes on from the one at `path`.
+
+    InvalidValueError, naming every difference and both values, if it is another; TrainingError if the file cannot be read.
+    Fields that its version did not have yet have their defaults.
+    """
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier["config"] = asdict(TrainConfig()) | earlier["config"]
+        changed = [text for part in told for text in _differences(earlier[part], told[part])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainingError(f"{str(path)!r} cannot be read ({error}); restore it, or choose another folder") from error
+    if changed:
+        raise InvalidValueError(f"{str(path.parent)!r} holds another run ({'; '.join(changed)}); choose another folder")
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Fields, of two configurations as dictionaries, in which a run that goes on must agree and does not, with both values."""
+def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Fields in which a run that goes on must agree and does not, with both values."""
     names = [name for name in {**earlier, **now} if name not in FREE]
     return [f"{name} {earlier.get(name)}, now {now.get(name)}" for name in names if earlier.get(name) != now.get(name)]

@@ -14,6 +14,7 @@ from ..errors import MissingExtraError
 
 _LINE = {  # what of the scalars stands in the line: title and the names whose mean it is
     "trajectory": "trajectory/",
+    "on policy": "on_policy/",
     "student": "adversarial/student/",
     "heads": "adversarial/heads/",
     "real": "logits/real/",

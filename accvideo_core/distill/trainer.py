@@ -25,12 +25,13 @@ from ..files import atomic_path
 from ..synvid import Batch
 from . import state
 from .adapters import Adapter, Told
-from .config import TrainConfig, differences, settings_of
+from .config import TrainConfig, check_same_run
 from .discriminator import Discriminator
 from .health import Health, check_finite
 from .lora_student import add_lora, export_lora, share_base
 from .losses import GAN_LOSSES, approximate_r1, euler_step, trajectory_loss, weighted_mean, x0_loss
 from .memory import explained
+from .on_policy import Continuation
 from .parallel import Ema, World
 from .rollout import Entry, Queues, keyed_noise
 from .source import Judged, Source
@@ -55,11 +56,13 @@ class Trainer:
     """One run. In a sharded world every process makes one, with the same weights.
 
     student    what is trained: the teacher's weights, or those to go on from; a LoRA student is made of it here
-    teacher    frozen, a network of its own whose features the heads see; None where adversarial_weight is 0
+    teacher    frozen, a network of its own, whose features the heads see and which goes on from where the student arrives;
+               None where adversarial_weight and on_policy_weight are 0
     source     training data, this process's rows of every draw; config.batch is that of all processes
     folder     for config.json, checkpoints and exported students; None keeps nothing. A run found there goes on
     held_out   a source whose draw 0 is validated on, if any
     judged     what the heads are shown instead of the source's own trajectories, where some of these were rejected
+    going_on   how the teacher does that, where on_policy_weight is not 0
     observers  see the scalars of every iteration, `show` what the student makes of held-out noise
     metadata   to be told in exported files, besides configuration and iteration
     """
@@ -75,12 +78,13 @@ class Trainer:
         folder: Path | None = None,
         held_out: Source | None = None,
         judged: Judged | None = None,
+        going_on: Continuation | None = None,
         observers: Sequence[Observer] = (),
         show: Show | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.adapter, self.source, self.held_out, self.folder = config, adapter, source, held_out, folder
-        self.judged, self.world = judged, (world := world or World.start())
+        self.judged, self.going_on, self.world = judged, going_on, (world := world or World.start())
         self.observers, self.show, self.metadata = observers, show, metadata or {}
         self.rows = world.rows(config.batch)
         self.micro = min(config.micro_batch or len(self.rows), len(self.rows))
@@ -105,13 +109,29 @@ class Trainer:
         self.optimizer = self._optimizer(self.trained, config.lr, config.beta1)
         self.ema = Ema(self.student, config.ema)
         self.queues = Queues(self.segments, config.queue_length)
+        self.head_of: dict[int, int] = {}
+        self.on_policy: tuple[int, ...] = ()
         self.teacher: nn.Module | None = None
+        if not config.adversarial_weight and not config.on_policy_weight:
+            return
+        if teacher is None or teacher is student:
+            raise InvalidValueError(
+                "the adversarial and the on-policy loss need a teacher of its own beside the student; load its weights twice"
+            )
+        if config.on_policy_weight:
+            if going_on is None:
+                raise InvalidValueError("on_policy_weight is set and nothing says how the teacher goes on; give going_on")
+            self.on_policy = self._keys("on_policy_keys")
         if config.adversarial_weight:
-            if teacher is None or teacher is student:
-                raise InvalidValueError(
-                    "the adversarial loss needs a teacher of its own beside the student; load its weights twice"
-                )
             self._add_heads(teacher)
+        self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
+
+    def _keys(self, name: str) -> tuple[int, ...]:
+        """The keys that a field of the configuration names, or all, rising. InvalidValueError for one that is none."""
+        keys = getattr(self.config, name)
+        if keys is not None and max(keys) >= self.segments:
+            raise InvalidValueError(f"{name} are {keys}; the trajectories' keys that can have one are 0 to {self.segments - 1}")
+        return tuple(sorted(set(range(self.segments) if keys is None else keys)))
 
     def _prepared(self, network: nn.Module, master: torch.dtype | None) -> nn.Module:
         """Checkpointing, compilation, sharding, in this order, block by block."""
@@ -129,15 +149,9 @@ class Trainer:
         self.feature_blocks = [c.clean_block or clean] + [c.noisy_block or noisy] * (self.segments - 1)
         for block in self.feature_blocks:
             self.adapter.check_block(teacher, block)
-        keys = range(self.segments) if c.head_keys is None else c.head_keys
-        if max(keys) >= self.segments:
-            raise InvalidValueError(
-                f"head_keys are {c.head_keys}; the trajectories' keys that can have one are 0 to {self.segments - 1}"
-            )
-        self.head_of = {key: place for place, key in enumerate(sorted(set(keys)))}
+        self.head_of = {key: place for place, key in enumerate(self._keys("head_keys"))}
         width, count = self.adapter.width(teacher), len(self.head_of)
         heads = Discriminator(width, count, c.heads, c.head, c.head_channels, c.head_depth, seed=c.seed)
-        self.teacher = self._prepared(teacher.requires_grad_(False).eval(), None)
         self.heads = self.world.shard(heads, [f"heads.{i}" for i in range(len(heads.heads))])
         self.head_optimizer = self._optimizer(list(self.heads.parameters()), c.head_lr, 0.0)
 
@@ -159,16 +173,25 @@ class Trainer:
             batch = self.source.batch(draw, key).to(self.world.device)
             if self.config.trajectory_weight and iteration >= self.config.student_start:
                 self.update_by_trajectory(iteration, draw, key, batch)
-            if self.config.adversarial_weight:
+            if self.teacher is not None:
                 if key == self.segments - 1:
                     noise = keyed_noise(batch.clean, self.config.seed, "noise", draw, self.rows.start)
                     self.queues.push(self.segments, Entry(draw, noise))
                 entry = self.queues.pop(key + 1)
                 if entry is not None:
-                    made = self.update_by_heads(iteration, key, entry) if key in self.head_of else self.step_on(key, entry)
-                    if key > min(self.head_of):
-                        self.queues.push(key, made)
+                    self.roll_on(iteration, key, entry)
         self.ema.update(self.student)
+
+    def roll_on(self, iteration: int, key: int, entry: Entry) -> None:
+        """What is learned from a queue's entry at key + 1, and where the student takes it."""
+        if key in self.on_policy and iteration >= self.config.student_start:
+            self.update_on_policy(iteration, key, entry)
+        last = min(*self.on_policy, *self.head_of, self.segments)
+        if key not in self.head_of and key == last:
+            return
+        made = self.update_by_heads(iteration, key, entry) if key in self.head_of else self.step_on(key, entry)
+        if key > last:
+            self.queues.push(key, made)
 
     def update_by_trajectory(self, iteration: int, draw: int, key: int, batch: Batch) -> None:
         """One step of the student on Eq. 6 (or on what takes its place)."""
@@ -182,6 +205,20 @@ class Trainer:
             (self.config.trajectory_weight * share * loss).backward()
             self._see(f"trajectory/key_{key}", loss, share)
         self._step(self.optimizer, self.trained, "trajectory", iteration, key)
+
+    def update_on_policy(self, iteration: int, key: int, entry: Entry) -> None:
+        """One step of the student on Eq. 6 from where it arrives itself: towards what the teacher makes of that."""
+        assert self.teacher is not None and self.going_on is not None
+        told = self._shown(self.source, entry.draw, key).told
+        for at, share in self._micro_batches():
+            latent, text = entry.latent[at], told.rows(at)
+            high, low = self._levels(key + 1, latent), self._levels(key, latent)
+            with torch.no_grad(), self.world.precision(self.compute):
+                due = self.going_on(self.teacher, latent, key, text)
+            loss = trajectory_loss(self.velocity(latent, high, text), latent, due, high, low)
+            (self.config.on_policy_weight * share * loss).backward()
+            self._see(f"on_policy/key_{key}", loss, share)
+        self._step(self.optimizer, self.trained, "on_policy", iteration, key)
 
     def update_by_heads(self, iteration: int, key: int, entry: Entry) -> Entry:
         """One step of the student on what it makes of a queue's entry, and one of the key's head (Eqs. 7 and 8).
@@ -304,7 +341,7 @@ class Trainer:
     def _set_learning_rates(self, iteration: int) -> None:
         c = self.config
         self.optimizer.param_groups[0]["lr"] = c.lr * c.learning_rate_share(iteration, c.student_start)
-        if self.teacher is not None:
+        if self.head_of:
             self.head_optimizer.param_groups[0]["lr"] = c.head_lr * c.learning_rate_share(iteration)
 
     # ---- the run around it ------------------------------------------------------------------------------------------------
@@ -376,7 +413,7 @@ class Trainer:
             "ema": self.ema,
             "optimizer": state.OptimizerState(self.student, self.optimizer),
         }
-        if self.teacher is not None:
+        if self.head_of:
             kept |= {"heads": self.heads, "head_optimizer": state.OptimizerState(self.heads, self.head_optimizer)}
         return kept
 
@@ -397,18 +434,10 @@ class Trainer:
         written, if the folder is of a run with another configuration or other data."""
         if self.folder is None:
             return 0
-        path = self.folder / "config.json"
+        path, newest = self.folder / "config.json", state.newest(self.folder / "checkpoints")
         told = json.loads(json.dumps({"config": asdict(self.config), "source": self.told_source()}))
-        newest = state.newest(self.folder / "checkpoints")
         if path.exists():
-            try:
-                earlier = json.loads(path.read_text(encoding="utf-8"))
-                earlier["config"] = settings_of(earlier["config"])
-                changed = [text for part in told for text in differences(earlier[part], told[part])]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise TrainingError(f"{str(path)!r} cannot be read ({error}); restore it, or choose another folder") from error
-            if changed:
-                raise InvalidValueError(f"{str(self.folder)!r} holds another run ({'; '.join(changed)}); choose another folder")
+            check_same_run(path, told)
         elif newest is not None:
             raise TrainingError(f"{str(self.folder)!r} has checkpoints but no config.json; choose another folder")
         self.world.barrier()  # all have read it before one writes it

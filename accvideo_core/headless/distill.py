@@ -21,6 +21,7 @@ from ..checkpoint import open_checkpoint
 from ..distill.adapters import adapter_for
 from ..distill.config import TrainConfig
 from ..distill.memory import explained
+from ..distill.on_policy import Continuation
 from ..distill.parallel import World
 from ..distill.report import Console, TensorBoard
 from ..distill.source import Judged, SynVidSource, check_schedule, split
@@ -159,16 +160,20 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         adapter.check_text(teacher, *training.reader.text(training.samples[0].text))
         student = adapter.load(args.student or path, dtype=dtype)
         source = SynVidSource(training, config.batch, config.seed, world.data_rank, world.data_size)
-        judged, held_out = None, None
+        judged, held_out, going_on = None, None, None
         if args.verdicts is not None:
             judged = Judged.of(args.verdicts, dataset, training, config.batch, config.seed, world.data_rank, world.data_size)
+        if config.on_policy_weight:
+            going_on = Continuation.of(adapter, training.reader, config.on_policy_steps)
         if aside is not None:
             held_out = SynVidSource(aside, args.held_out, config.seed, world.data_rank, world.data_size)
         observers, show = _reporting(args, family, out, held_out, world)
         with open_checkpoint(path) as checkpoint:  # the tiny world's networks name the encoders they were made with
             made_from = {part: checkpoint.metadata[part] for part in ("encoder", "text_encoder") if part in checkpoint.metadata}
         told = {"family": family, "dataset": training.digest, "teacher": header.fingerprint, **made_from}
-        return Trainer(config, adapter, student, teacher, source, world, out, held_out, judged, observers, show, told)
+        return Trainer(
+            config, adapter, student, teacher, source, world, out, held_out, judged, going_on, observers, show, metadata=told
+        )
 
 
 def _reporting(

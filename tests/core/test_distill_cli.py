@@ -253,6 +253,27 @@ def test_verdicts_make_another_student_and_a_run_goes_on_with_them_alone(
     assert "holds another run (verdicts " in capsys.readouterr().err
 
 
+def test_a_student_learns_where_it_arrives_itself(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "--no-tensorboard",
+        "--log-every",
+        "1",
+        "--adversarial-weight",
+        "0",
+        "--on-policy-weight",
+        "0.5",
+        "--on-policy-keys",
+        "0",
+    ]
+    assert cli.main([*words(captured, tmp_path / "run", teacher), *more, "--on-policy-steps", "2"]) == 0, capsys.readouterr().err
+    assert "on policy " in capsys.readouterr().out
+    assert cli.main([*words(captured, tmp_path / "other", teacher), *more, "--on-policy-steps", "3"]) == 2
+    assert "on_policy_steps is 3; the teacher took 2 steps over a segment" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "other").exists()
+
+
 def test_accepted_and_rejected_trajectories_come_as_the_verdicts_say_with_weights_of_mean_1(
     captured: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from accvideo_core.distill import state
 from accvideo_core.distill.adapters import HunyuanAdapter
 from accvideo_core.distill.config import TrainConfig
 from accvideo_core.distill.lora_student import add_lora, lora_pairs
+from accvideo_core.distill.on_policy import Continuation
 from accvideo_core.distill.parallel import Ema, World
 from accvideo_core.distill.source import Judged
 from accvideo_core.distill.trainer import Trainer
@@ -105,6 +106,8 @@ def train(world: World, folder: Path, iterations: int) -> None:
         ema=0.5,
         head_channels=16,
         head_depth=1,
+        on_policy_weight=1.0,
+        on_policy_keys=(0,),
         queue_length=2,
         precision="float32",
         save_every=2,
@@ -112,7 +115,9 @@ def train(world: World, folder: Path, iterations: int) -> None:
     )
     rows = world.rows(BATCH)
     judged = Judged(MadeUp(rows, 10_000), MadeUp(rows, 20_000), {str(row): 0.5 + row for row in range(BATCH)}, "-")
-    Trainer(config, Small("tiny"), network(), network(), MadeUp(rows), world, folder, judged=judged).run()
+    adapter, data = Small("tiny"), MadeUp(rows)
+    going_on = Continuation(adapter, ((0.6, 0.3, 0.0), (1.0, 0.6)), data.guidance)
+    Trainer(config, adapter, network(), network(), data, world, folder, judged=judged, going_on=going_on).run()
 
 
 # ---- what the processes do --------------------------------------------------------------------------------------------

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from accvideo_core.distill.adapters import Adapter
+from accvideo_core.distill.on_policy import Continuation
 from accvideo_core.distill.rollout import Entry, Queues, keyed_noise
 from accvideo_core.errors import InvalidValueError
 from tests.distill_data import MadeUp, trainer
 
 SIGMAS = (0.0, 0.5, 0.8, 1.0)
+LEVELS = ((0.5, 0.25, 0.0), (0.8, 0.6, 0.5), (1.0, 0.8))
 
 
 class Line(nn.Module):
@@ -34,7 +36,7 @@ class Rows:
 
 
 class Recording(Adapter):
-    """A student and a teacher that are lines; whatever they are asked is written down."""
+    """A student and a teacher, whose number is 1, that are lines; whatever they are asked is written down."""
 
     def __init__(self) -> None:
         super().__init__("tiny")
@@ -42,7 +44,8 @@ class Recording(Adapter):
 
     def velocity(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         assert isinstance(network, Line)
-        self.log.append(("student", round(float(sigma[0]), 2), latent, float(network.number.detach())))
+        asked = "student" if network.number.requires_grad else "teacher"
+        self.log.append((asked, round(float(sigma[0]), 2), latent, float(network.number.detach())))
         return network.number * latent
 
     def features(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any, block: str) -> Tensor:
@@ -81,8 +84,11 @@ class Recording(Adapter):
 def recorded(iterations: int, **chosen: Any) -> tuple[Any, list[tuple[str, float, Tensor, float]]]:
     adapter = Recording()
     log = adapter.log
-    run = trainer(teacher=Line(1.0), student=Line(0.3), adapter=adapter, source=MadeUp(sigmas=SIGMAS), **chosen)
-    for name, optimizer in (("student step", run.optimizer), ("head step", run.head_optimizer)):
+    going_on = Continuation(adapter, LEVELS, 6.0)
+    data = MadeUp(sigmas=SIGMAS)
+    run = trainer(teacher=Line(1.0), student=Line(0.3), adapter=adapter, source=data, going_on=going_on, **chosen)
+    optimizers = {"student step": run.optimizer} | ({"head step": run.head_optimizer} if run.head_of else {})
+    for name, optimizer in optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: log.append((name, 0.0, torch.empty(0), 0.0)))
     for iteration in range(iterations):
         run.iteration(iteration)
@@ -130,6 +136,36 @@ def test_keys_without_a_head_are_stepped_over_and_none_is_stepped_to_behind_the_
     for high, low in ((1.0, 0.8), (0.8, 0.5)):
         latent = latent + (torch.tensor(low) - torch.tensor(high)) * (0.3 * latent)
     torch.testing.assert_close(torch.cat([log[4][2], log[7][2]]), latent)
+
+
+def test_on_its_own_path_the_student_learns_what_the_teacher_makes_of_where_it_arrives() -> None:
+    run, log = recorded(1, trajectory_weight=0.0, adversarial_weight=0.0, on_policy_weight=0.5, on_policy_keys=(0, 1))
+    steps = [("student", 1.0)]  # nothing is learned in the noisiest segment
+    steps += [("teacher", 0.8), ("teacher", 0.6), ("student", 0.8), ("student step", 0.0), ("student", 0.8)]
+    steps += [("teacher", 0.5), ("teacher", 0.25), ("student", 0.5), ("student step", 0.0)]
+    assert [(what, sigma) for what, sigma, _, _ in log] == steps and len(run.queues) == 0
+
+    noise = keyed_noise(torch.empty(4, 4, 2, 4, 6), 0, "noise", 0, 0)
+    arrived = noise - 0.2 * 0.3 * noise
+    due = arrived * (1 - 0.2) * (1 - 0.1)  # two Euler steps along velocity = latent
+    torch.testing.assert_close(log[3][2], arrived)
+    loss = (0.3 * arrived - (due - arrived) / (0.5 - 0.8)).square().mean()
+    torch.testing.assert_close(run.scalars["on_policy/key_1"], loss)
+    slope = (2 * (0.3 * arrived - (due - arrived) / (0.5 - 0.8)) * arrived).mean()
+    assert run.scalars["gradient/on_policy/key_1"] == pytest.approx(0.5 * abs(float(slope)), rel=1e-5)
+    assert "on_policy/key_2" not in run.scalars
+    changed = log[5][3]
+    torch.testing.assert_close(log[6][2], arrived - 0.3 * changed * arrived)  # it goes on by the student as it is now
+
+
+def test_the_on_policy_loss_comes_between_the_trajectory_and_the_adversarial_and_waits_for_the_heads() -> None:
+    _, log = recorded(2, on_policy_weight=1.0, on_policy_keys=(2,), head_keys=(2,), head_warmup=1)
+    warm = [("student", 1.0), ("fake", 0.8), ("real", 0.8), ("head step", 0.0)]
+    warm[1] = ("real", 0.8)  # without a gradient
+    felt = [("student", 1.0), ("student step", 0.0), ("teacher", 1.0), ("student", 1.0), ("student step", 0.0)]
+    felt += [("student", 1.0), ("fake", 0.8), ("real", 0.8), ("student step", 0.0), ("head step", 0.0)]
+    felt += [("student", 0.8), ("student step", 0.0), ("student", 0.5), ("student step", 0.0)]
+    assert [(what, sigma) for what, sigma, _, _ in log] == warm + felt
 
 
 def generated(log: Sequence[tuple[str, float, Tensor, float]]) -> list[tuple[float, Tensor, float]]:

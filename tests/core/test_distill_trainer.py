@@ -49,7 +49,7 @@ def test_micro_batches_and_checkpointing_are_the_same_training_as_a_batch_in_one
     """By plain gradient descent: Adam makes steps of one size of gradients that differ by rounding alone."""
 
     def descended(**chosen: Any) -> dict[str, Tensor]:
-        run = trainer(r1_weight=10.0, clip=1e9, **chosen)
+        run = trainer(r1_weight=10.0, on_policy_weight=0.1, clip=1e9, **chosen)
         run.optimizer, run.head_optimizer = torch.optim.SGD(run.trained, 0.1), torch.optim.SGD(run.heads.parameters(), 0.1)
         run.iteration(0)
         return weights(run) | dict(run.heads.state_dict())
@@ -77,6 +77,8 @@ def usual() -> dict[str, Tensor]:
         {"head_warmup": 1},
         {"head_keys": (0,)},
         {"head_keys": (1,)},
+        {"on_policy_weight": 1.0},
+        {"on_policy_weight": 1.0, "on_policy_keys": (0,)},
     ],
     ids=str,
 )
@@ -84,9 +86,13 @@ def test_every_option_of_the_method_leads_elsewhere(usual: dict[str, Tensor], ch
     assert not same(usual, after(**chosen))
 
 
-def test_a_head_for_a_key_that_is_none_is_refused() -> None:
+def test_a_head_or_a_loss_for_a_key_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidValueError, match=r"head_keys are \(2,\); the trajectories' keys that can have one are 0 to 1"):
         trainer(head_keys=(2,))
+    with pytest.raises(
+        InvalidValueError, match=r"on_policy_keys are \(0, 5\); the trajectories' keys that can have one are 0 to 1"
+    ):
+        trainer(on_policy_weight=1.0, on_policy_keys=(0, 5))
 
 
 class Named(MadeUp):
@@ -183,7 +189,10 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         ({"batch": 0}, "batch is 0; it must be at least 1"),
         ({"lr": float("nan")}, "lr is nan"),
         ({"ema": 1.0}, "ema is 1.0; it must be at least 0 and below 1"),
-        ({"trajectory_weight": 0, "adversarial_weight": 0}, "nothing to learn"),
+        ({"trajectory_weight": 0, "adversarial_weight": 0}, "are all 0, so nothing is learned"),
+        ({"on_policy_weight": -1}, "on_policy_weight is -1; it must be at least 0"),
+        ({"on_policy_steps": 0}, "on_policy_steps is 0; it must be at least 1"),
+        ({"on_policy_keys": ()}, r"on_policy_keys are \(\); name keys from 0"),
         ({"target": "noise"}, "target is 'noise'; choose 'velocity' or 'x0'"),
         ({"gan_loss": "wgan"}, "gan_loss is 'wgan'; choose 'softplus' or 'hinge'"),
         ({"lora": 0}, "lora is 0"),
