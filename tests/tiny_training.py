@@ -56,6 +56,10 @@ def train_all(folder):
             train(part, folder, 2, trajectories=4)
 
 
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     train_all(Path(sys.argv[1]))

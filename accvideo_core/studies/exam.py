@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AccVideoError
+from ..json_lines import read_json_lines
 from ..tiny import oracle
 from ..tiny.clips import CLASSES
 from ..tiny.text import tokenize
@@ -29,19 +30,8 @@ class Row:
 
 def read_plan(path: Path) -> list[Row]:
     """Rows of a plan file; AccVideoError names the file and line that cannot be used."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise AccVideoError(f"cannot read the plan {str(path)!r} ({error}); give a file of JSON lines") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            expected = '{"prompt": "a red ball", "seed": 7, "named": {"colour": "red", "shape": "circle"}}'
-            raise AccVideoError(f"{path}, line {number}: {error}; a row looks like {expected}") from error
+    expected = 'a row looks like {"prompt": "a red ball", "seed": 7, "named": {"colour": "red", "shape": "circle"}}'
+    rows = read_json_lines(path, _row, "the plan", expected)
     if not rows:
         raise AccVideoError(f"the plan {str(path)!r} has no rows; give a file of JSON lines")
     return rows

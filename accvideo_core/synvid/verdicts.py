@@ -13,9 +13,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import InvalidValueError, SynVidError
 from ..files import atomic_path
+from ..json_lines import read_json_lines
 
 
 @dataclass(frozen=True)
@@ -37,23 +39,16 @@ class Verdict:
 
 def read_verdicts(path: str | os.PathLike[str]) -> dict[str, Verdict]:
     """{id: its verdict}, in the file's order. SynVidError, naming the line, for what is none, or a second one on a sample."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SynVidError(f"cannot read the verdicts {str(path)!r} ({error}); give a file of JSON lines") from error
     verdicts: dict[str, Verdict] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            told = json.loads(line)
-            name, verdict = told["id"], Verdict(told["accepted"], told.get("weight", 1.0))
-            if not isinstance(name, str) or name in verdicts:
-                raise ValueError(f"id {name!r} is no text, or has a verdict already")
-        except (ValueError, KeyError, TypeError, AttributeError, InvalidValueError) as error:
-            expected = '{"id": "...", "accepted": true}, and a "weight" if it has one'
-            raise SynVidError(f"{path!s}, line {number}: {error}; a verdict looks like {expected}") from error
+
+    def read(told: Any) -> None:
+        name, verdict = told["id"], Verdict(told["accepted"], told.get("weight", 1.0))
+        if not isinstance(name, str) or name in verdicts:
+            raise ValueError(f"id {name!r} is no text, or has a verdict already")
         verdicts[name] = verdict
+
+    expected = 'a verdict looks like {"id": "...", "accepted": true}, and a "weight" if it has one'
+    read_json_lines(path, read, "the verdicts", expected, SynVidError)
     return verdicts
 
 
