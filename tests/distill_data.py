@@ -21,7 +21,7 @@ from tests.synvid_data import SHAPE
 MINUTE = DiTConfig(16, 1, 1, 2, text_dim=8, pooled_dim=6, in_channels=4, out_channels=4, rope_dims=(4, 6, 6), refiner_depth=1)
 EXPORTABLE = DiTConfig(128, 1, 1, 1, text_dim=8, pooled_dim=6, in_channels=4, out_channels=4, mlp_ratio=1.0, refiner_depth=1)
 SIGMAS = (0.0, 0.6, 1.0)
-LEVELS = ((0.6, 0.3, 0.0), (1.0, 0.8, 0.6))
+LEVELS = {0: (0.6, 0.3, 0.0), 1: (1.0, 0.8, 0.6)}
 QUICK: dict[str, Any] = dict(
     batch=4, iterations=3, lr=1e-3, head_lr=1e-3, warmup=0, head_channels=8, head_depth=1, precision="float32"
 )

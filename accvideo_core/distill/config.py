@@ -32,7 +32,7 @@ class TrainConfig:
     trajectory_weight: float = 1.0
     """Weight of the trajectory loss; 0 leaves it out."""
     adversarial_weight: float = 0.1
-    """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with teacher and heads."""
+    """Weight of the adversarial loss, the paper's lambda; 0 leaves it out, with the heads and all that only they need."""
     on_policy_weight: float = 0.0
     """Weight of the trajectory loss from where the student itself arrives, the teacher going on from there; 0 leaves it out."""
     on_policy_keys: tuple[int, ...] | None = None
@@ -135,6 +135,10 @@ class TrainConfig:
                 return f"{name} are {keys}; name keys from 0, the clean one, on, or leave it out for all"
         if self.trajectory_weight == self.adversarial_weight == self.on_policy_weight == 0:
             return "trajectory_weight, adversarial_weight and on_policy_weight are all 0, so nothing is learned; set one of them"
+        if self.on_policy_keys is not None and not self.on_policy_weight:
+            return f"on_policy_keys are {self.on_policy_keys}, and on_policy_weight is 0; set it, or leave the keys out"
+        if self.target == "x0" and self.trajectory_weight and self.on_policy_weight:
+            return "target is 'x0', but the on-policy loss regresses a segment's velocity; set one of the weights to 0"
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 return f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,21 +21,25 @@ class Continuation:
     """How a teacher goes on over a segment, as the trajectories were made but in fewer steps.
 
     adapter   the teacher's
-    levels    of key 0 .. m-1: sigmas from key k+1 to key k, falling
+    levels    {key k: sigmas from key k+1 to key k, falling}
     guidance  embedded, in plain scale; None for a network without it
     cfg       classifier-free guidance, 1 for none, with which goes
     negative  the negative prompt's encoding
     """
 
     adapter: Adapter
-    levels: Sequence[tuple[float, ...]]
+    levels: Mapping[int, tuple[float, ...]]
     guidance: float | None = None
     cfg: float = 1.0
     negative: Encoding | None = None
 
+    def __post_init__(self) -> None:
+        if (self.cfg != 1) != (self.negative is not None):
+            raise InvalidValueError(f"cfg is {self.cfg:g}; a cfg other than 1 needs the negative prompt's encoding, and 1 none")
+
     @classmethod
-    def of(cls, adapter: Adapter, reader: SynVidReader, steps: int) -> Continuation:
-        """As a dataset's teacher did, in so many of its steps a segment.
+    def of(cls, adapter: Adapter, reader: SynVidReader, steps: int, keys: Iterable[int] | None = None) -> Continuation:
+        """As a dataset's teacher did, in so many of its steps a segment, to these keys or to all.
 
         Raises InvalidValueError if a segment has fewer, SynVidError if the dataset lacks its negative prompt's encoding.
         """
@@ -48,7 +52,7 @@ class Continuation:
                     "which the teacher cannot go on from the student's latents; capture again, or set on_policy_weight to 0"
                 )
             negative = reader.text(header.negative_text)
-        return cls(adapter, levels(header, steps), header.guidance, header.cfg, negative)
+        return cls(adapter, levels(header, steps, keys), header.guidance, header.cfg, negative)
 
     def __call__(self, teacher: nn.Module, latent: Tensor, key: int, told: Any) -> Tensor:
         """Latents (B, C, T, H, W) at `key` that the teacher makes of `latent` at key + 1, told so; float32."""
@@ -63,14 +67,17 @@ class Continuation:
         return lambda latent, sigma: self.adapter.velocity(teacher, latent, sigma, told)
 
 
-def levels(header: Header, steps: int) -> list[tuple[float, ...]]:
-    """Of every segment, the cleanest first, steps + 1 of the teacher's sigmas, as evenly spread over its own steps as can be.
-    InvalidValueError if a segment has fewer."""
-    found = []
-    for start, end in zip(header.keys, header.keys[1:], strict=False):
-        if not 1 <= steps <= end - start:
-            raise InvalidValueError(
-                f"on_policy_steps is {steps}; the teacher took {end - start} steps over a segment, choose from 1 to as many"
-            )
-        found.append(tuple(header.sigmas[start + round(i * (end - start) / steps)] for i in range(steps + 1)))
-    return found[::-1]
+def levels(header: Header, steps: int, keys: Iterable[int] | None = None) -> dict[int, tuple[float, ...]]:
+    """{key: steps + 1 of the teacher's sigmas from the key before to it, as evenly spread over its own steps as can be}.
+    InvalidValueError if the teacher took fewer, or for a key that is none."""
+    found = {}
+    for key in range(header.segments) if keys is None else keys:
+        if not 0 <= key < header.segments:
+            raise InvalidValueError(f"on_policy_keys has {key}; the dataset's segments end at keys 0 to {header.segments - 1}")
+        start, end = header.keys[-key - 2], header.keys[-key - 1]
+        own = end - start
+        if not 1 <= steps <= own:
+            few = f"1 to {own}" if own > 1 else "1"
+            raise InvalidValueError(f"on_policy_steps is {steps}; the teacher took {own} in the segment to key {key}; set {few}")
+        found[key] = tuple(header.sigmas[start + round(i * own / steps)] for i in range(steps + 1))
+    return found

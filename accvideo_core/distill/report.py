@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class Console:
 
 
 class TensorBoard:
-    """Every scalar under its name, and contact sheets; `accvideo[train]` brings the package.
+    """Every scalar under its name, and contact sheets; `accvideo[train]` brings the package. Nothing is written before the first.
 
     start  iterations done before: what an interrupted run wrote beyond them is hidden
     """
@@ -61,7 +62,11 @@ class TensorBoard:
             raise MissingExtraError(
                 "TensorBoard is not installed; install it (pip install accvideo[train]) or say --no-tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self._open = functools.partial(SummaryWriter, str(folder), purge_step=start + 1)
+
+    @functools.cached_property
+    def _writer(self) -> Any:
+        return self._open()
 
     def __call__(self, done: int, scalars: Mapping[str, float]) -> None:
         for name, value in scalars.items():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..errors import SynVidError
+from ..errors import AccVideoWarning, SynVidError
 from ..schedule import get_preset, key_sigmas
 from ..synvid import Batch, Header, SynVidDataset, SynVidSampler
 from ..synvid.verdicts import digest, read_verdicts
@@ -93,8 +94,8 @@ class Judged:
         rank: int = 0,
         world: int = 1,
     ) -> Judged:
-        """The trajectories of a dataset, at an address, by the verdicts of a file. Those without one are neither real nor fake.
-        SynVidError unless accepted ones, and rejected ones if there are any, make a batch."""
+        """The trajectories of a dataset, at an address, by the verdicts of a file. Those without one are neither real nor fake,
+        and an AccVideoWarning counts them. SynVidError unless accepted ones, and rejected ones if there are any, make a batch."""
         verdicts = read_verdicts(path)
         known = {sample.id: verdicts[sample.id] for sample in dataset.samples if sample.id in verdicts}
         weights: dict[str, float] = {}
@@ -110,6 +111,12 @@ class Judged:
             weights.update({name: weight / mean for name, weight in chosen.items()})
             return SynVidSource(SynVidDataset(address, ids=chosen), batch, seed, rank, world)
 
+        if left := len(dataset) - len(known):
+            warnings.warn(
+                f"{str(path)!r} has no verdict on {left} of the {len(dataset)} samples to train on; the heads do not see these",
+                AccVideoWarning,
+                stacklevel=2,
+            )
         accepted, rejects = part(True), any(not verdict.accepted for verdict in known.values())
         return cls(accepted, part(False) if rejects else None, weights, digest(known))
 

@@ -113,7 +113,7 @@ class Trainer:
         self.on_policy: tuple[int, ...] = ()
         self.teacher: nn.Module | None = None
         if not config.adversarial_weight and not config.on_policy_weight:
-            return
+            return  # nothing that needs the teacher
         if teacher is None or teacher is student:
             raise InvalidValueError(
                 "the adversarial and the on-policy loss need a teacher of its own beside the student; load its weights twice"
@@ -184,12 +184,13 @@ class Trainer:
 
     def roll_on(self, iteration: int, key: int, entry: Entry) -> None:
         """What is learned from a queue's entry at key + 1, and where the student takes it."""
+        asked, last = self._shown(self.source, entry.draw, key), min(*self.on_policy, *self.head_of, self.segments)
         if key in self.on_policy and iteration >= self.config.student_start:
-            self.update_on_policy(iteration, key, entry)
-        last = min(*self.on_policy, *self.head_of, self.segments)
+            self.update_on_policy(iteration, key, entry, asked.told)
         if key not in self.head_of and key == last:
             return
-        made = self.update_by_heads(iteration, key, entry) if key in self.head_of else self.step_on(key, entry)
+        with_head = key in self.head_of
+        made = self.update_by_heads(iteration, key, entry, asked) if with_head else self.step_on(key, entry, asked.told)
         if key > last:
             self.queues.push(key, made)
 
@@ -206,10 +207,9 @@ class Trainer:
             self._see(f"trajectory/key_{key}", loss, share)
         self._step(self.optimizer, self.trained, "trajectory", iteration, key)
 
-    def update_on_policy(self, iteration: int, key: int, entry: Entry) -> None:
+    def update_on_policy(self, iteration: int, key: int, entry: Entry, told: Told) -> None:
         """One step of the student on Eq. 6 from where it arrives itself: towards what the teacher makes of that."""
         assert self.teacher is not None and self.going_on is not None
-        told = self._shown(self.source, entry.draw, key).told
         for at, share in self._micro_batches():
             latent, text = entry.latent[at], told.rows(at)
             high, low = self._levels(key + 1, latent), self._levels(key, latent)
@@ -220,15 +220,15 @@ class Trainer:
             self._see(f"on_policy/key_{key}", loss, share)
         self._step(self.optimizer, self.trained, "on_policy", iteration, key)
 
-    def update_by_heads(self, iteration: int, key: int, entry: Entry) -> Entry:
-        """One step of the student on what it makes of a queue's entry, and one of the key's head (Eqs. 7 and 8).
+    def update_by_heads(self, iteration: int, key: int, entry: Entry, asked: Shown) -> Entry:
+        """One step of the student on what it makes of a queue's entry, and one of the key's head (Eqs. 7 and 8), which holds it
+        against what was `asked`, the entry's own draw, unless trajectories were judged.
 
         The entry has no gradient: the student answers for this one Euler step alone. Head and student see the same latents,
         so their gradients are computed together; the student's step is taken first, and none while the heads warm up. Returns
         the student's latents at `key`.
         """
         felt = iteration >= self.config.student_start
-        asked = self._shown(self.source, entry.draw, key)
         real, rejected = asked, None
         if self.judged is not None:
             real = self._shown(self.judged.accepted, entry.draw, key)
@@ -254,9 +254,8 @@ class Trainer:
         return Entry(entry.draw, torch.cat(made))
 
     @torch.no_grad()
-    def step_on(self, key: int, entry: Entry) -> Entry:
+    def step_on(self, key: int, entry: Entry, told: Told) -> Entry:
         """A queue's entry one student step further, to a key without a head."""
-        told = self._shown(self.source, entry.draw, key).told
         made = [self.stepped(entry.latent[at], key, told.rows(at)) for at, _ in self._micro_batches()]
         return Entry(entry.draw, torch.cat(made))
 

@@ -153,6 +153,9 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         check_schedule(header)
     path, family = find_network(args.teacher, "teacher")
     adapter = adapter_for(family)
+    going_on = None
+    if config.on_policy_weight:
+        going_on = Continuation.of(adapter, training.reader, config.on_policy_steps, config.on_policy_keys)
     with explained(config, world):
         dtype = None if world.device.type == "cuda" else torch.float32
         teacher = adapter.load(path, dtype=dtype)
@@ -160,11 +163,9 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         adapter.check_text(teacher, *training.reader.text(training.samples[0].text))
         student = adapter.load(args.student or path, dtype=dtype)
         source = SynVidSource(training, config.batch, config.seed, world.data_rank, world.data_size)
-        judged, held_out, going_on = None, None, None
+        judged, held_out = None, None
         if args.verdicts is not None:
             judged = Judged.of(args.verdicts, dataset, training, config.batch, config.seed, world.data_rank, world.data_size)
-        if config.on_policy_weight:
-            going_on = Continuation.of(adapter, training.reader, config.on_policy_steps)
         if aside is not None:
             held_out = SynVidSource(aside, args.held_out, config.seed, world.data_rank, world.data_size)
         observers, show = _reporting(args, family, out, held_out, world)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -231,7 +232,8 @@ def test_verdicts_that_cannot_be_used_are_refused_before_anything_is_written(
         lines = [{"A": True, "R": False}.get(line, line) for line in verdicts.splitlines()]
         told = [line if isinstance(line, str) else json.dumps({"id": next(names), "accepted": line}) for line in lines]
         path.write_text("\n".join(told))
-    assert cli.main(words(captured, tmp_path / "run", teacher, "--verdicts", str(path))) == 1
+    with warnings.catch_warnings(record=True):  # of those without a verdict
+        assert cli.main(words(captured, tmp_path / "run", teacher, "--verdicts", str(path))) == 1
     assert said in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run" / "config.json").exists()
 
@@ -256,22 +258,26 @@ def test_verdicts_make_another_student_and_a_run_goes_on_with_them_alone(
 def test_a_student_learns_where_it_arrives_itself(
     captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = [
-        "--no-tensorboard",
-        "--log-every",
-        "1",
-        "--adversarial-weight",
-        "0",
-        "--on-policy-weight",
-        "0.5",
-        "--on-policy-keys",
-        "0",
-    ]
-    assert cli.main([*words(captured, tmp_path / "run", teacher), *more, "--on-policy-steps", "2"]) == 0, capsys.readouterr().err
+    more = ["--log-every", "1", "--adversarial-weight", "0", "--on-policy-weight", "0.5"]
+    good, out = ["--on-policy-keys", "0", "--on-policy-steps", "2"], tmp_path / "run"
+    assert cli.main([*words(captured, out, teacher), *more, *good]) == 0, capsys.readouterr().err
     assert "on policy " in capsys.readouterr().out
-    assert cli.main([*words(captured, tmp_path / "other", teacher), *more, "--on-policy-steps", "3"]) == 2
-    assert "on_policy_steps is 3; the teacher took 2 steps over a segment" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "other").exists()
+    for bad, said in (
+        (["--on-policy-steps", "3"], "on_policy_steps is 3; the teacher took 2 in the segment to key 0; set 1 to 2"),
+        (
+            ["--on-policy-steps", "2", "--on-policy-keys", "5"],
+            "on_policy_keys has 5; the dataset's segments end at keys 0",
+        ),
+    ):
+        assert cli.main([*words(captured, tmp_path / "other", teacher), *more, *bad]) == 2
+        assert said in " ".join(capsys.readouterr().err.split()) and not (tmp_path / "other").exists()
+
+
+def test_a_head_for_a_key_that_is_none_is_refused_before_anything_is_written(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words(captured, tmp_path / "run", teacher), "--head-keys", "9"]) == 2
+    assert "head_keys are (9,)" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_accepted_and_rejected_trajectories_come_as_the_verdicts_say_with_weights_of_mean_1(
@@ -284,7 +290,8 @@ def test_accepted_and_rejected_trajectories_come_as_the_verdicts_say_with_weight
     }
     write_verdicts(path, said)
     assert read_verdicts(path) == said
-    judged = Judged.of(path, captured, data, 2)
+    with pytest.warns(AccVideoWarning, match="no verdict on 1 of the 8 samples to train on"):
+        judged = Judged.of(path, captured, data, 2)
     assert judged.rejected is not None
     for source, wanted in ((judged.accepted, names[:4]), (judged.rejected, names[4:7])):
         seen = {name for step in range(8) for name in source.batch(step, 0).ids}

@@ -96,8 +96,8 @@ class Small(HunyuanAdapter):
 
 
 def train(world: World, folder: Path, iterations: int) -> None:
-    """Run or go on with a run of the full method, four steps of the student an iteration; checkpoints after two iterations
-    and at the end."""
+    """Run or go on with a run of the full method and the on-policy loss, up to six steps of the student an iteration; checkpoints
+    after two iterations and at the end."""
     config = TrainConfig(
         iterations=iterations,
         batch=BATCH,
@@ -107,7 +107,6 @@ def train(world: World, folder: Path, iterations: int) -> None:
         head_channels=16,
         head_depth=1,
         on_policy_weight=1.0,
-        on_policy_keys=(0,),
         queue_length=2,
         precision="float32",
         save_every=2,
@@ -116,7 +115,7 @@ def train(world: World, folder: Path, iterations: int) -> None:
     rows = world.rows(BATCH)
     judged = Judged(MadeUp(rows, 10_000), MadeUp(rows, 20_000), {str(row): 0.5 + row for row in range(BATCH)}, "-")
     adapter, data = Small("tiny"), MadeUp(rows)
-    going_on = Continuation(adapter, ((0.6, 0.3, 0.0), (1.0, 0.6)), data.guidance)
+    going_on = Continuation(adapter, {0: (0.6, 0.3, 0.0), 1: (1.0, 0.6)}, data.guidance)
     Trainer(config, adapter, network(), network(), data, world, folder, judged=judged, going_on=going_on).run()
 
 

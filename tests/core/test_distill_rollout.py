@@ -17,7 +17,7 @@ from accvideo_core.errors import InvalidValueError
 from tests.distill_data import MadeUp, trainer
 
 SIGMAS = (0.0, 0.5, 0.8, 1.0)
-LEVELS = ((0.5, 0.25, 0.0), (0.8, 0.6, 0.5), (1.0, 0.8))
+LEVELS = {0: (0.5, 0.25, 0.0), 1: (0.8, 0.6, 0.5), 2: (1.0, 0.8)}
 
 
 class Line(nn.Module):

@@ -20,6 +20,7 @@ from accvideo_core.distill import state
 from accvideo_core.distill.config import TrainConfig
 from accvideo_core.distill.health import Health
 from accvideo_core.distill.report import Console
+from accvideo_core.distill.rollout import keyed_noise
 from accvideo_core.distill.source import Judged
 from accvideo_core.distill.trainer import Trainer
 from accvideo_core.distill.validation import write_sheet
@@ -154,8 +155,12 @@ def test_r1_holds_back_the_heads() -> None:
             run.iteration(iteration)
     batch = runs[0].source.batch(99, 0)
     told = runs[0].adapter.conditioning(batch, 6.0)
-    features = [runs[0].features(latent, 0, told) for latent in (batch.clean, batch.clean + 0.1 * torch.randn_like(batch.clean))]
-    moved = [float((run.heads(features[0], 0, (2, 2, 3)) - run.heads(features[1], 0, (2, 2, 3))).square().mean()) for run in runs]
+    noises = [keyed_noise(batch.clean, 0, "disturbance", i, 0) for i in range(8)]
+    disturbed = [runs[0].features(batch.clean + 0.1 * noise, 0, told) for noise in noises]
+    moved = []
+    for run in runs:
+        said, *others = (run.heads(f, 0, (2, 2, 3)).detach() for f in (runs[0].features(batch.clean, 0, told), *disturbed))
+        moved.append(float(torch.stack([(other - said).square().mean() for other in others]).mean()))
     assert moved[1] < 0.2 * moved[0]
 
 
@@ -193,6 +198,8 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         ({"on_policy_weight": -1}, "on_policy_weight is -1; it must be at least 0"),
         ({"on_policy_steps": 0}, "on_policy_steps is 0; it must be at least 1"),
         ({"on_policy_keys": ()}, r"on_policy_keys are \(\); name keys from 0"),
+        ({"on_policy_keys": (0,)}, r"on_policy_keys are \(0,\), and on_policy_weight is 0"),
+        ({"target": "x0", "on_policy_weight": 1}, "target is 'x0', but the on-policy loss regresses"),
         ({"target": "noise"}, "target is 'noise'; choose 'velocity' or 'x0'"),
         ({"gan_loss": "wgan"}, "gan_loss is 'wgan'; choose 'softplus' or 'hinge'"),
         ({"lora": 0}, "lora is 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,24 @@ def test_in_one_step_it_is_one_euler_step_with_its_guidance(captured: SynVidData
 def test_the_teachers_sigmas_are_taken_as_evenly_as_can_be() -> None:
     header = Header.of("tiny", "0" * 64)  # 50 steps, 10 a segment
     found = levels(header, 3)
-    assert found[0] == tuple(header.sigmas[i] for i in (40, 43, 47, 50)) and found[4][0] == 1.0
-    assert [(of[-1], of[0]) for of in found] == list(zip(header.key_sigmas, header.key_sigmas[1:], strict=False))
+    assert list(found) == [0, 1, 2, 3, 4] and found[0] == tuple(header.sigmas[i] for i in (40, 43, 47, 50)) and found[4][0] == 1.0
+    assert [(of[-1], of[0]) for of in found.values()] == list(zip(header.key_sigmas, header.key_sigmas[1:], strict=False))
     assert levels(header, 10)[2] == header.sigmas[20:31] and levels(header, 1)[1] == header.sigmas[30:41:10]
     for steps in (0, 11):
-        with pytest.raises(InvalidValueError, match=f"on_policy_steps is {steps}; the teacher took 10 steps over a segment"):
+        with pytest.raises(InvalidValueError, match=f"on_policy_steps is {steps}; .* 10 in the segment to key 0; set 1 to 10"):
             levels(header, steps)
+    uneven = replace(header, keys=(0, 1, 50))
+    assert levels(uneven, 7, [0])[0][1] == header.sigmas[8]
+    with pytest.raises(InvalidValueError, match="the teacher took 1 in the segment to key 1; set 1$"):
+        levels(uneven, 7)
+    with pytest.raises(InvalidValueError, match="on_policy_keys has 2; the dataset's segments end at keys 0 to 1"):
+        levels(uneven, 1, [2])
 
 
 def test_without_the_negative_prompts_encoding_the_cure_is_named(tmp_path: Path) -> None:
     reader = SynVidStore(tmp_path, Header.of("tiny", "0" * 64, cfg=5.0, negative="blurred"))
+    with pytest.raises(InvalidValueError, match="cfg is 5; a cfg other than 1 needs"):
+        Continuation(ADAPTER, {}, cfg=5.0)
     with pytest.raises(SynVidError, match="cfg 5 and has no encoding of its negative prompt.*capture again"):
         Continuation.of(ADAPTER, reader, 3)  # type: ignore[arg-type]
 
