@@ -60,7 +60,8 @@ def footprint(
     world        processes in all, sequence of which share a sample's tokens
     text         tokens of a prompt
     lora         rank of a LoRA student; alone on one GPU it shares its base with the teacher
-    adversarial  whether there is a teacher beside the student, with heads of head_channels
+    adversarial  whether there is a teacher beside the student, with heads of head_channels. The on-policy loss alone needs the
+                 teacher's weights, too, but keeps nothing inside it: less than with heads
     Raises InvalidValueError where the sequence divides neither world nor heads.
     """
     if world % sequence or config.num_heads % sequence:

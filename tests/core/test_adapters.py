@@ -18,6 +18,7 @@ from torch import nn
 from accvideo_core import cli
 from accvideo_core.checkpoint import open_checkpoint
 from accvideo_core.distill.adapters import ADAPTERS, adapter_for
+from accvideo_core.distill.on_policy import Continuation
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
 from accvideo_core.errors import CheckpointError, InvalidValueError, SynVidError
 from accvideo_core.lora import merge_lora, read_lora
@@ -464,6 +465,17 @@ def test_a_wan_student_is_distilled_by_the_full_method(wan_files, captured, tmp_
     ours, theirs = (trajectory_error(file, captured) for file in (out / "student.safetensors", teacher))
     print(f"trajectory error {theirs:.3f} -> {ours:.3f}")
     assert ours < 0.7 * theirs and teacher.read_bytes() == before
+
+
+def test_a_wan_teacher_goes_on_as_it_was_captured(wan_files, captured):
+    """On-policy distillation: with the negative prompt from the dataset, two passes a step."""
+    dataset, adapter = SynVidDataset(captured), adapter_for(wan_files[1])
+    going_on = Continuation.of(adapter, dataset.reader, 2)
+    for key in (1, 0):
+        batch = dataset.collate([dataset[sample, key] for sample in range(len(dataset))])
+        with torch.no_grad():
+            made = going_on(wan_files[1], batch.noisy, key, adapter.conditioning(batch, None))
+        torch.testing.assert_close(made, batch.clean, rtol=1e-3, atol=1e-4)
 
 
 def test_a_wan_lora_student_is_a_lora_of_wan(wan_files, captured, tmp_path):

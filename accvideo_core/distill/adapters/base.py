@@ -51,7 +51,7 @@ class Adapter(ABC):
     @abstractmethod
     def velocity(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any) -> Tensor:
         """d latent / d sigma (B, C, T, H, W) at latent (B, C, T, H, W) in model space and noise levels sigma (B,), in the
-        latent's dtype. One pass: classifier-free guidance is the capture's. Autograd flows through it."""
+        latent's dtype. One pass: classifier-free guidance is `synvid.capture.with_cfg`'s. Autograd flows through it."""
 
     @abstractmethod
     def features(self, network: nn.Module, latent: Tensor, sigma: Tensor, conditioning: Any, block: str) -> Tensor:
