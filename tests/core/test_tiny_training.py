@@ -177,6 +177,11 @@ def test_bad_training_arguments_are_named(tmp_path):
             make_task(training.TrainArgs("student", start=start, push=push), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="teacher steps is 0; it must be at least 1"):
         make_task(training.TrainArgs("student", teacher_steps=0), tmp_path, torch.device("cpu"))
+    with pytest.raises(InvalidValueError, match="teacher steps is 3, but no segment is pushed; give --push"):
+        make_task(training.TrainArgs("student", teacher_steps=3), tmp_path, torch.device("cpu"))
+    own = training.TrainArgs("student", start=file, push=(None, 0.0, 0.0, 0.0, -1.0), turns=(1, 4), early=2)
+    with pytest.raises(InvalidValueError, match="every segment trained on is the student's own; leave out --dataset and --early"):
+        make_task(own, tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match=r"turns is \(1, 5\); the segments are 0 to 4"):
         make_task(training.TrainArgs("student", turns=(1, 5)), tmp_path, torch.device("cpu"))
     with pytest.raises(CheckpointError, match=r"vae\.safetensors"):

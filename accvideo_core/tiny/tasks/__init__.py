@@ -31,8 +31,15 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         )
     if args.teacher_steps < 1:
         raise InvalidValueError(f"teacher steps is {args.teacher_steps}; it must be at least 1")
+    if args.teacher_steps > 1 and not args.push:
+        raise InvalidValueError(f"teacher steps is {args.teacher_steps}, but no segment is pushed; give --push, or leave it out")
     if not all(0 <= turn < KEYS for turn in args.turns):
         raise InvalidValueError(f"turns is {args.turns}; the segments are 0 to {KEYS - 1}, 0 the one that begins with noise")
+    if args.push and (args.dataset or args.early) and all(args.push[k] is not None for k in args.turns or range(KEYS)):
+        raise InvalidValueError(
+            f"push is {args.push}, so that every segment trained on is the student's own; leave out --dataset and --early, or "
+            "say None for a segment that trajectories are to teach"
+        )
     part, seed, run = args.part, args.seed, args.run / args.part
     if part == "vae":
         return VAETask(seed, device)
