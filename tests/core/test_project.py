@@ -29,7 +29,7 @@ TORCH_FAMILY = {"torch", "torchvision", "torchaudio", "triton", "xformers"}
 # From the ground up; a part imports from floors below its own, never from beside it, and from above never.
 FLOORS = (
     {"__init__", "errors"},
-    {"files", "devices", "progress"},
+    {"files", "json_lines", "devices", "progress"},
     {"schedule", "dit", "media", "tiles", "comfy_client", "comfy_workflow"},
     {"sampling", "checkpoint"},
     {"lora", "synvid"},
