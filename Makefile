@@ -28,7 +28,7 @@ format: .venv/installed-dev
 # The documentation's pictures of ComfyUI's page, made by the browser tests in ~/comfy/ComfyUI; needs Chromium.
 screenshots: .venv/installed-dev
 	ACCVIDEO_SCREENSHOTS=out/screenshots $(BIN)/python -m pytest tests/comfyui/test_browser.py
-	install -m 644 out/screenshots/ComfyUI/run.png out/screenshots/ComfyUI/slider.png docs/images
+	install -m 644 out/screenshots/ComfyUI/slider.png docs/images
 	install -m 644 out/screenshots/ComfyUI/nodes/*.png web/docs/img
 
 # workflows/*.json and workflows/api/*.json from their descriptions in tests/comfyui/workflow_list.py.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import os
 import shutil
@@ -75,7 +76,7 @@ class Page:
 
     def __init__(self, browser: Any, server: Server) -> None:
         self.server, self.errors = server, list[str]()
-        self.page = browser.new_page(viewport={"width": 1600, "height": 900})
+        self.page = browser.new_page(viewport={"width": 1920, "height": 1080})
         self.page.set_default_timeout(120_000)
         self.page.on("console", lambda it: it.type == "error" and self._note(f"{it.text} {it.location.get('url', '')}"))
         self.page.on("pageerror", lambda it: self._note(str(it)))
@@ -218,6 +219,10 @@ def test_a_run_from_the_page_plays_and_its_file_brings_the_workflow_back(page: P
 def test_the_slider_compares_two_videos_on_one_clock(page: Page) -> None:
     page.open()
     compare_by_slider(page, "slider")
+    boxes = page.page.evaluate("app.graph.nodes.map((node) => [node.title, ...node.pos, ...node.size])")
+    for (one, x, y, w, h), (other, left, top, width, height) in itertools.combinations(boxes, 2):  # previews have grown in them
+        apart = x + w <= left or left + width <= x or y + h <= top or top + height <= y
+        assert apart, f"{one} and {other} lie on each other"
 
 
 def test_in_nodes_2_few_inputs_show_and_the_slider_works(page: Page) -> None:

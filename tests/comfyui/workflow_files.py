@@ -16,6 +16,7 @@ Link = tuple[int, int]  # (node id, output slot)
 SEED = ("seed", 0, "fixed")
 LATER = ("format.codec", "auto")  # an input of SaveVideo in newer ComfyUI, which the UI file of an older one does not have
 COLUMN, GAP, NOTE_WIDTH = 340, 60, 480
+PREVIEW = 260  # pixels that a sampler's node grows by while it runs: the picture and what it took
 
 
 @dataclass(frozen=True)
@@ -98,14 +99,14 @@ KINDS = {
         (SEED, ("family", "hunyuan-t2v"), ("steps", 5), *SCHEDULE, ("denoise", 1.0)),
         (("latent", "LATENT"), ("seconds", "FLOAT")),
         "accvideo",
-        40,
+        PREVIEW + 40,
     ),
     "AccVideoTrajectorySampler": Kind(
         SAMPLED,
         (SEED, ("family", "hunyuan-t2v"), ("steps", 50), ("keys", 5), *SCHEDULE, ("negative_prompt", "")),
         (("latent", "LATENT"), ("trajectory", "ACCVIDEO_TRAJECTORY")),
         "accvideo",
-        60,
+        PREVIEW + 60,
     ),
     "AccVideoCompare": Kind(
         (("first", "IMAGE"), ("second", "IMAGE")),
