@@ -187,10 +187,12 @@ class Trainer:
         asked, last = self._shown(self.source, entry.draw, key), min(*self.on_policy, *self.head_of, self.segments)
         if key in self.on_policy and iteration >= self.config.student_start:
             self.update_on_policy(iteration, key, entry, asked.told)
-        if key not in self.head_of and key == last:
+        if key in self.head_of:
+            made = self.update_by_heads(iteration, key, entry, asked)
+        elif key > last:
+            made = self.step_on(key, entry, asked.told)
+        else:
             return
-        with_head = key in self.head_of
-        made = self.update_by_heads(iteration, key, entry, asked) if with_head else self.step_on(key, entry, asked.told)
         if key > last:
             self.queues.push(key, made)
 

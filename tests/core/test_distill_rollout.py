@@ -160,8 +160,7 @@ def test_on_its_own_path_the_student_learns_what_the_teacher_makes_of_where_it_a
 
 def test_the_on_policy_loss_comes_between_the_trajectory_and_the_adversarial_and_waits_for_the_heads() -> None:
     _, log = recorded(2, on_policy_weight=1.0, on_policy_keys=(2,), head_keys=(2,), head_warmup=1)
-    warm = [("student", 1.0), ("fake", 0.8), ("real", 0.8), ("head step", 0.0)]
-    warm[1] = ("real", 0.8)  # without a gradient
+    warm = [("student", 1.0), ("real", 0.8), ("real", 0.8), ("head step", 0.0)]  # the first is a fake, without a gradient
     felt = [("student", 1.0), ("student step", 0.0), ("teacher", 1.0), ("student", 1.0), ("student step", 0.0)]
     felt += [("student", 1.0), ("fake", 0.8), ("real", 0.8), ("student step", 0.0), ("head step", 0.0)]
     felt += [("student", 0.8), ("student step", 0.0), ("student", 0.5), ("student step", 0.0)]
