@@ -33,6 +33,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if fast else None
 
 
+def autocast_now(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on the device, None where it is off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
 def multiplies_bf16() -> str | None:
     """By what the CPU multiplies bfloat16: "amx", "avx512", or None."""
     checks = {"amx": "_is_amx_tile_supported", "avx512": "_is_avx512_bf16_supported"}  # not public names: they may go

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,3 +89,17 @@ MUTATIONS = {
     "q and k": lambda s: swapped(s, "double_blocks.0.txt_attn_qkv.weight", 3, 0, 1),
     "k and v": lambda s: swapped(s, "single_blocks.0.linear1.weight", 7, 1, 2),
 }
+
+
+WAN = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 16, "ffn_dim": 32, "num_layers": 3}
+
+
+def wan_network(seed: int = 0, **sizes: int) -> Any:
+    """diffusers' Wan, random, no tensor trivial; its modulations are as large as they come, so that the timestep shows."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(seed)
+    network = WanTransformer3DModel(**(WAN | sizes)).eval().requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.3 + ("norm" in name) if parameter.ndim == 1 else parameter)
+    return network

@@ -69,7 +69,7 @@ class TrainConfig:
     queue_length: int = 1
     """Entries a queue holds before one is popped; with 1 all goes on at once."""
     keep_queues: bool = True
-    """Go on with the queues of the checkpoint; otherwise they begin empty again."""
+    """Whether a run goes on with its checkpoint's queues, or with empty ones."""
 
     lr: float = 5e-6
     """Peak learning rate of the student."""
@@ -135,6 +135,11 @@ class TrainConfig:
                 return f"{name} are {keys}; name keys from 0, the clean one, on, or leave it out for all"
         if self.trajectory_weight == self.adversarial_weight == self.on_policy_weight == 0:
             return "trajectory_weight, adversarial_weight and on_policy_weight are all 0, so nothing is learned; set one of them"
+        idle = [name for name in ("head_keys", "head_warmup", "r1_weight") if getattr(self, name)]
+        if idle and not self.adversarial_weight:
+            return f"{idle[0]} is {getattr(self, idle[0])}, and with an adversarial_weight of 0 there are no heads; leave it out"
+        if self.head_warmup >= self.iterations:
+            return f"head_warmup is {self.head_warmup} of {self.iterations} iterations, so the student learns nothing; lower it"
         if self.on_policy_keys is not None and not self.on_policy_weight:
             return f"on_policy_keys are {self.on_policy_keys}, and on_policy_weight is 0; set it, or leave the keys out"
         if self.target == "x0" and self.trajectory_weight and self.on_policy_weight:
@@ -143,11 +148,6 @@ class TrainConfig:
             if getattr(self, name) not in choices:
                 return f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, choices))}"
         return ""
-
-    @property
-    def student_start(self) -> int:
-        """The iteration, counted from 0, in which the student begins to learn."""
-        return self.head_warmup if self.adversarial_weight else 0
 
     def learning_rate_share(self, iteration: int, start: int = 0) -> float:
         """Of the peak, for an iteration counted from 0, of what learns from iteration `start` on: linear warm-up, then as `decay`
@@ -205,7 +205,13 @@ def check_same_run(path: Path, told: dict[str, Any]) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainingError(f"{str(path)!r} cannot be read ({error}); restore it, or choose another folder") from error
     if changed:
-        raise InvalidValueError(f"{str(path.parent)!r} holds another run ({'; '.join(changed)}); choose another folder")
+        cure = "choose another folder"
+        if any(text.startswith(("samples ", "digest ")) for text in changed):
+            cure += (
+                ", or give it the samples it began with: --held-out as it was, what is damaged captured again (accvideo inspect "
+                "DATASET --verify --withdraw, then accvideo capture)"
+            )
+        raise InvalidValueError(f"{str(path.parent)!r} holds another run ({'; '.join(changed)}); {cure}")
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any]) -> list[str]:

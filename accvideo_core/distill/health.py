@@ -14,7 +14,8 @@ WINNING = 0.99  # share of its tokens that a head gets right
 
 
 class Health:
-    """Counts, for every head, iterations in a row in which something is wrong; after `patience` of them it is said, once.
+    """Counts, for every head, iterations in a row in which something is wrong; after `patience` of them it is said, once, and
+    once more by a run that goes on.
 
     A run goes on: whether a head that wins is a fault or the student's last weakness only its user can see.
     """
@@ -22,6 +23,7 @@ class Health:
     def __init__(self, patience: int) -> None:
         self.patience = patience
         self._rows: Counter[str] = Counter()
+        self._said: set[str] = set()
 
     def look(self, iteration: int, scalars: Mapping[str, float]) -> list[str]:
         """Warnings of this iteration, each also given as an AccVideoWarning. `scalars` as the trainer reports them."""
@@ -35,8 +37,11 @@ class Health:
         messages = []
         for name, wrong in found.items():
             self._rows[name] = self._rows[name] + 1 if wrong else 0
-            if self._rows[name] == self.patience:
-                messages.append(f"iteration {iteration}: {name} for {self.patience} iterations; {_CURE}")
+            if not wrong:
+                self._said.discard(name)
+            elif self._rows[name] >= self.patience and name not in self._said:
+                self._said.add(name)
+                messages.append(f"iteration {iteration}: {name} for {self._rows[name]} iterations; {_CURE}")
                 warnings.warn(messages[-1], AccVideoWarning, stacklevel=2)
         return messages
 

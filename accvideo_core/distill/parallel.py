@@ -98,16 +98,17 @@ class World:
 
     def shard(
         self,
-        network: nn.Module,
+        network: Any,
         blocks: Sequence[str] = (),
         master: torch.dtype | None = None,
         compute: torch.dtype | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         """Spread a network over all processes, in place, each named block a unit that is gathered when it runs and freed after.
 
         blocks   module paths in the order they run; what is in none of them is gathered with the whole network
         master   dtype trainable parameters are kept and updated in, converted block by block; None leaves them as they are
-        compute  dtype blocks run in; gradients are added up in float32; None computes in the masters' own
+        compute  dtype blocks run in, the network's `compute_dtype` from then on; gradients are added up in float32; None
+                 computes in the masters' own
         Every process must hold the same weights. In a world of one the network is moved to the device and `master`;
         `compute` is then `precision`'s affair.
         """
@@ -125,6 +126,7 @@ class World:
         for name in blocks:
             fully_shard(_mastered(network.get_submodule(name), master), **kw)
         fully_shard(_mastered(network, master), **kw)
+        network.compute_dtype = compute  # its weights have it only while it runs
         return network
 
     def split_sequence(self, network: Any) -> None:

@@ -64,7 +64,8 @@ class Trainer:
     judged     what the heads are shown instead of the source's own trajectories, where some of these were rejected
     going_on   how the teacher does that, where on_policy_weight is not 0
     observers  see the scalars of every iteration, `show` what the student makes of held-out noise
-    metadata   to be told in exported files, besides configuration and iteration
+    metadata   to be told in exported files, besides configuration and iteration; "base", the fingerprint of what a LoRA belongs
+               on, also tells this run from another's
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Trainer:
         for key in reversed(range(self.segments)):
             draw = iteration * self.segments + self.segments - 1 - key
             batch = self.source.batch(draw, key).to(self.world.device)
-            if self.config.trajectory_weight and iteration >= self.config.student_start:
+            if self.config.trajectory_weight and iteration >= self.config.head_warmup:
                 self.update_by_trajectory(iteration, draw, key, batch)
             if self.teacher is not None:
                 if key == self.segments - 1:
@@ -185,7 +186,7 @@ class Trainer:
     def roll_on(self, iteration: int, key: int, entry: Entry) -> None:
         """What is learned from a queue's entry at key + 1, and where the student takes it."""
         asked, last = self._shown(self.source, entry.draw, key), min(*self.on_policy, *self.head_of, self.segments)
-        if key in self.on_policy and iteration >= self.config.student_start:
+        if key in self.on_policy and iteration >= self.config.head_warmup:
             self.update_on_policy(iteration, key, entry, asked.told)
         if key in self.head_of:
             made = self.update_by_heads(iteration, key, entry, asked)
@@ -230,7 +231,7 @@ class Trainer:
         so their gradients are computed together; the student's step is taken first, and none while the heads warm up. Returns
         the student's latents at `key`.
         """
-        felt = iteration >= self.config.student_start
+        felt = iteration >= self.config.head_warmup
         real, rejected = asked, None
         if self.judged is not None:
             real = self._shown(self.judged.accepted, entry.draw, key)
@@ -341,7 +342,7 @@ class Trainer:
 
     def _set_learning_rates(self, iteration: int) -> None:
         c = self.config
-        self.optimizer.param_groups[0]["lr"] = c.lr * c.learning_rate_share(iteration, c.student_start)
+        self.optimizer.param_groups[0]["lr"] = c.lr * c.learning_rate_share(iteration, c.head_warmup)
         if self.head_of:
             self.head_optimizer.param_groups[0]["lr"] = c.head_lr * c.learning_rate_share(iteration)
 
@@ -354,7 +355,13 @@ class Trainer:
         run, OutputError where the disk refuses. Checkpoints stay whole.
         """
         with explained(self.config, self.world):
-            for iteration in range(self.resume(), self.config.iterations):
+            begun = self.resume()
+            if begun > self.config.iterations:
+                raise InvalidValueError(
+                    f"{str(self.folder)!r} has done {begun} iterations and iterations is {self.config.iterations}; set it to "
+                    f"{begun} or more, or choose another folder"
+                )
+            for iteration in range(begun, self.config.iterations):
                 start, done, last = time.perf_counter(), iteration + 1, iteration + 1 == self.config.iterations
                 self.scalars.clear()
                 self.iteration(iteration)
@@ -423,12 +430,13 @@ class Trainer:
         if self.folder is None:
             return
         queues = {"queues": self.queues.state(self.world.gather_rows)}
-        extra = {"best": self.best, "health": self.health.state()}
+        extra = {"best": self.best, "best_by": self.config.best, "health": self.health.state()}
         state.save(self.folder / "checkpoints", done, self.parts() | queues, extra, self.config.keep)
 
     def told_source(self) -> dict[str, Any]:
-        """What tells this run's data from another's."""
-        return self.source.state() | ({} if self.judged is None else {"verdicts": self.judged.digest})
+        """What tells this run's data, and what its LoRA belongs on, from another's."""
+        base = {"base": self.metadata["base"]} if "base" in self.metadata else {}
+        return self.source.state() | base | ({} if self.judged is None else {"verdicts": self.judged.digest})
 
     def resume(self) -> int:
         """Iterations done: those of the folder's newest checkpoint, now restored, or 0. InvalidValueError, before anything is
@@ -448,7 +456,7 @@ class Trainer:
         if newest is None:
             return 0
         extra = state.load(newest, self.parts())
-        self.best = extra["best"]
+        self.best = extra["best"] if extra.get("best_by") == self.config.best else None  # figures of two kinds cannot be compared
         self.health.restore(extra["health"])
         if self.config.keep_queues:
             self.queues.restore(state.read(newest, "queues"), self.rows, self.world.device)

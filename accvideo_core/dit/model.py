@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..devices import autocast_now
 from ..errors import InvalidValueError
 from .attention import Call, settle
 from .config import DiTConfig
@@ -147,7 +148,9 @@ class HunyuanVideoDiT(nn.Module):
         if self.guidance_in is not None:
             if conditioning.guidance is None:
                 raise InvalidValueError("this network embeds guidance; set Conditioning.guidance (6.0 for HunyuanVideo)")
-            vec = vec + self.guidance_in(conditioning.guidance.to(dtype) * 1000.0, dtype)
+            # 6 is 6016 in bfloat16, as in the pipelines the weights were trained in; to weights in float32 under autocast, too.
+            guidance = conditioning.guidance.to(autocast_now(latent.device) or dtype)
+            vec = vec + self.guidance_in(guidance * 1000.0, dtype)
 
         txt = self.txt_in(text.to(dtype), t, lengths, "sdpa")
         img = self.img_in(latent.to(dtype))

@@ -69,7 +69,7 @@ class DistillArgs(TrainConfig):
     """VAE for contact sheets: a folder, tiny, or none, which shows latents as colours; default: tiny for its own family, else
     none."""
     tensorboard: bool = True
-    """Write scalars and contact sheets for TensorBoard."""
+    """Whether to write scalars and contact sheets for TensorBoard."""
     log_every: int = 10
     """Iterations between lines on the console."""
     device: str = "auto"
@@ -130,6 +130,10 @@ def run(args: DistillArgs) -> int:
         raise InvalidValueError("a run needs a dataset and a folder; give --dataset and --out, or name them in the --config file")
     if args.verdicts is not None and not args.adversarial_weight:
         raise InvalidValueError("verdicts are for the heads, and adversarial_weight is 0; set it, or leave the verdicts out")
+    if args.verdicts is None and args.rejected_share != TrainConfig.rejected_share:
+        raise InvalidValueError(
+            f"rejected_share is {args.rejected_share}, and without --verdicts no trajectory is rejected; give them, too"
+        )
     world = World.start(args.sequence, None if args.device == "auto" else args.device)
     try:
         trainer = build(args, args.dataset, args.out, world)
@@ -157,7 +161,7 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
     if config.on_policy_weight:
         going_on = Continuation.of(adapter, training.reader, config.on_policy_steps, config.on_policy_keys)
     with explained(config, world):
-        dtype = None if world.device.type == "cuda" else torch.float32
+        dtype = None if world.device.type == "cuda" and config.precision != "float32" else torch.float32
         teacher = adapter.load(path, dtype=dtype)
         adapter.check_header(header, teacher, adapter.fingerprint(teacher))
         adapter.check_text(teacher, *training.reader.text(training.samples[0].text))
@@ -172,6 +176,8 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
         with open_checkpoint(path) as checkpoint:  # the tiny world's networks name the encoders they were made with
             made_from = {part: checkpoint.metadata[part] for part in ("encoder", "text_encoder") if part in checkpoint.metadata}
         told = {"family": family, "dataset": training.digest, "teacher": header.fingerprint, **made_from}
+        if config.lora is not None:
+            told["base"] = header.fingerprint if args.student is None else adapter.fingerprint(student)
         return Trainer(
             config, adapter, student, teacher, source, world, out, held_out, judged, going_on, observers, show, metadata=told
         )

@@ -29,23 +29,11 @@ from accvideo_core.synvid.capture import PaddedTexts, capture, pad_texts, with_c
 from accvideo_core.synvid.merge import merge_synvid
 from accvideo_core.synvid.plan import NEGATIVES, Plan
 from accvideo_core.synvid.texts import text_file
-from tests.networks import random_weights
+from tests.networks import random_weights, wan_network
 
-SIZES = {"num_attention_heads": 1, "attention_head_dim": 128, "text_dim": 16, "ffn_dim": 32, "num_layers": 3}
 OURS = DiTConfig(hidden_size=128, num_heads=1, depth_double=1, depth_single=2, text_dim=16, pooled_dim=24)
 SHAPE = (16, 2, 4, 6)  # a grid of 2 x 2 x 3 tokens
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
-
-
-def wan_network(seed=0, **sizes):
-    """Random and with no tensor trivial; its modulations are as large as they come, so that the timestep shows."""
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(seed)
-    network = WanTransformer3DModel(**(SIZES | sizes)).eval().requires_grad_(False)
-    for name, parameter in network.named_parameters():
-        parameter.copy_(torch.randn(parameter.shape) * 0.3 + ("norm" in name) if parameter.ndim == 1 else parameter)
-    return network
 
 
 def our_network():

@@ -249,7 +249,7 @@ def test_verdicts_make_another_student_and_a_run_goes_on_with_them_alone(
     assert told["config"]["head_keys"] == [3, 1] and told["source"]["verdicts"] == digest(read_verdicts(path))
     assert "rejected " in capsys.readouterr().out
     assert cli.main([*command, "--verdicts", str(path), "--iterations", "3"]) == 0, capsys.readouterr().err
-    assert cli.main([*command, "--verdicts", str(path), "--adversarial-weight", "0"]) == 2
+    assert cli.main(words(captured, out, teacher, "--verdicts", str(path), "--adversarial-weight", "0")) == 2
     assert "verdicts are for the heads, and adversarial_weight is 0" in capsys.readouterr().err
     assert cli.main([*command, "--iterations", "4"]) == 2
     assert "holds another run (verdicts " in capsys.readouterr().err
@@ -331,3 +331,38 @@ def test_held_out_samples_are_never_trained_on_and_hang_on_the_seed_alone(captur
     assert tuple(share.ids[0] for share in shares) == source.batch(3, 1).ids
     with pytest.raises(SynVidError, match="cannot be held out"):
         split(captured, 8)
+
+
+def test_a_lora_goes_on_with_its_base_alone_and_names_it(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints hold the factors alone: on another base they would be another student."""
+    out, other = tmp_path / "run", tmp_path / "other.safetensors"
+    HunyuanAdapter("tiny").export(network(CONFIG, seed=1).state_dict(), other)
+    command = words(captured, out, teacher, "--lora", "2", "--adversarial-weight", "0", "--no-tensorboard")
+    assert cli.main([*command, "--student", str(other)]) == 0
+    base = HunyuanAdapter("tiny").fingerprint(HunyuanAdapter("tiny").load(other))
+    with safe_open(out / "student.safetensors", "pt") as file:
+        assert file.metadata()["base"] == base != file.metadata()["teacher"]
+    capsys.readouterr()
+    assert cli.main([*command, "--iterations", "3"]) == 2
+    assert f"another run (base {base}, now {header(teacher).fingerprint})" in " ".join(capsys.readouterr().err.split())
+    assert cli.main([*command, "--iterations", "3", "--student", str(other)]) == 0
+
+
+def test_what_changed_in_the_samples_since_a_run_began_is_said_with_its_cure(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = words(captured, tmp_path / "run", teacher, "--adversarial-weight", "0", "--no-tensorboard")
+    assert cli.main(command) == 0
+    capsys.readouterr()
+    assert cli.main([*command, "--held-out", "4"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "(samples 6, now 4; digest" in said and "--held-out as it was, what is damaged captured again" in said
+
+
+def test_a_share_of_rejected_trajectories_wants_verdicts(
+    captured: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words(captured, tmp_path / "run", teacher, "--rejected-share", "0.5")) == 2
+    assert "rejected_share is 0.5, and without --verdicts no trajectory is rejected" in " ".join(capsys.readouterr().err.split())

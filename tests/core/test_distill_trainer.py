@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -182,7 +183,7 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         assert shares[:4] == pytest.approx([0.1, 0.5, 1.0, 1.0]) and shares[5] == pytest.approx(last)
         assert shares[4] == pytest.approx((1 + last) / 2)
         late = TrainConfig(iterations=130, warmup=10, decay=decay, head_warmup=30)  # the student's, behind the heads' warm-up
-        assert [late.learning_rate_share(i, late.student_start) for i in (34, 39, 85, 130)] == pytest.approx(
+        assert [late.learning_rate_share(i, late.head_warmup) for i in (34, 39, 85, 130)] == pytest.approx(
             shares[1:3] + shares[4:]
         )
         assert late.learning_rate_share(29, 30) == 0
@@ -206,6 +207,9 @@ def test_the_learning_rate_rises_and_stays_or_falls_to_nothing() -> None:
         ({"rejected_share": 1.5}, "rejected_share is 1.5; it must be from 0 to 1"),
         ({"head_keys": ()}, r"head_keys are \(\); name keys from 0"),
         ({"head_keys": (1, -1)}, r"head_keys are \(1, -1\); name keys"),
+        ({"adversarial_weight": 0, "head_keys": (0,)}, r"head_keys is \(0,\), and with an adversarial_weight of 0"),
+        ({"adversarial_weight": 0, "head_warmup": 5}, "head_warmup is 5, and with an adversarial_weight of 0 there are no heads"),
+        ({"iterations": 3, "head_warmup": 3}, "head_warmup is 3 of 3 iterations, so the student learns nothing"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_by_name(chosen: dict[str, Any], said: str) -> None:
@@ -356,6 +360,28 @@ def test_the_best_student_is_kept_not_the_last(tmp_path: Path, monkeypatch: pyte
     assert exported == [("best.safetensors", 1), ("best.safetensors", 2)] and run.best == 0.25
 
 
+def test_a_run_that_goes_on_by_another_figure_has_no_best_yet(tmp_path: Path) -> None:
+    def run(**chosen: Any) -> Trainer:
+        made = trainer(EXPORTABLE, folder=tmp_path, held_out=MadeUp(2), adversarial_weight=0.0, save_every=1, **chosen)
+        made.run()
+        return made
+
+    run(iterations=1)
+    (tmp_path / "best.safetensors").unlink()
+    other = run(iterations=2, best="validation/trajectory/key_1")
+    assert other.best is not None and (tmp_path / "best.safetensors").exists()
+    with safe_open(tmp_path / "best.safetensors", "pt") as file:
+        assert file.metadata()["iteration"] == "2"
+
+
+def test_fewer_iterations_than_are_done_are_refused(tmp_path: Path) -> None:
+    trainer(EXPORTABLE, folder=tmp_path, iterations=2, adversarial_weight=0.0).run()
+    done = (tmp_path / "student.safetensors").read_bytes()
+    with pytest.raises(InvalidValueError, match="has done 2 iterations and iterations is 1; set it to 2 or more"):
+        trainer(EXPORTABLE, folder=tmp_path, iterations=1, adversarial_weight=0.0).run()
+    assert (tmp_path / "student.safetensors").read_bytes() == done
+
+
 def test_an_unknown_figure_to_choose_the_best_by_is_refused() -> None:
     with pytest.raises(InvalidValueError, match="best is 'loss'; choose one of validation/"):
         trainer(best="loss", held_out=MadeUp(2))
@@ -403,6 +429,10 @@ def test_saturated_logits_and_a_head_that_always_wins_are_said_once_after_patien
     with pytest.warns(AccVideoWarning, match=said):
         assert len(again.look(5, {name: value})) == 1
     assert not again.look(6, {name: value})
+    hasty = Health(1)  # lower than what was counted already
+    hasty.restore(again.state())
+    with pytest.warns(AccVideoWarning, match="for 5 iterations"):
+        hasty.look(7, {name: value})
 
 
 def test_out_of_memory_says_what_to_change_in_order_of_cost_and_only_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ class WanAdapter(Adapter):
         self.grid(network, latent.shape)  # the network would cut off what makes no whole patch
         if latent.shape[1] != network.config.in_channels:
             raise InvalidValueError(f"the latent must be (B, {network.config.in_channels}, T, H, W), got {tuple(latent.shape)}")
-        dtype = network.patch_embedding.weight.dtype
+        dtype = getattr(network, "compute_dtype", None) or network.patch_embedding.weight.dtype
         predicted: Tensor = network(
             hidden_states=latent.to(dtype),
             timestep=sigma.float() * 1000.0,
@@ -66,8 +66,9 @@ class WanAdapter(Adapter):
     def features(self, network: Any, latent: Tensor, sigma: Tensor, conditioning: Any, block: str) -> Tensor:
         self.check_block(network, block)
         with _ending_after(network, int(block.removeprefix("blocks."))) as tap:
-            self.velocity(network, latent, sigma, conditioning)
-        return tap.tokens
+            ended = self.velocity(network, latent, sigma, conditioning)
+        # Through what the network returns: that is where sharding sees a gradient come, and gathers the weights for it.
+        return tap.tokens + 0 * ended.sum().to(tap.tokens.dtype)
 
     def block_names(self, network: Any) -> tuple[str, ...]:
         return tuple(f"blocks.{i}" for i in range(network.config.num_layers))
