@@ -344,7 +344,7 @@ class TestSharding:
         assert max(float((alone[name] - together[name]).abs().max()) for name in alone) < 1e-5
         alone, together = (json.loads((runs / f"wan-bfloat16-{size}.json").read_text())[0] for size in (1, 2))
         for what in ("trajectory", "on_policy", "adversarial/student", "adversarial/heads"):
-            assert together[f"{what}/key_0"] == pytest.approx(alone[f"{what}/key_0"], rel=0.02)
+            assert together[f"{what}/key_0"] == pytest.approx(alone[f"{what}/key_0"], rel=0.01, abs=1e-3)
 
     def test_a_lora_student_is_sharded_saved_and_trained_alike(self, runs: Path) -> None:
         alone, together = (load_file(runs / f"{name}.safetensors") for name in ("lora-alone", "lora"))
