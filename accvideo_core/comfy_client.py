@@ -24,6 +24,7 @@ from .errors import AccVideoError
 from .files import atomic_path
 
 Prompt = Mapping[str, Mapping[str, Any]]
+SILENCE = 5.0  # seconds without a word about a run, after which ComfyUI is asked whether it still knows it
 SYNVID_MISSING = "/accvideo/synvid/missing"  # what our pack answers: {dataset, ids} -> {dataset, missing}
 
 
@@ -83,13 +84,15 @@ class ComfyClient:
     """`async with ComfyClient(url) as comfy: result = await comfy.run(prompt)`.
 
     url      where ComfyUI listens
-    timeout  seconds an answer to one HTTP request may take; a run itself may take any time
+    timeout  seconds an answer to one HTTP request may take; a run itself may take any time, and so may a file while its bytes
+             keep coming
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
         self.url = url.rstrip("/")
         self.client_id = uuid.uuid4().hex
         self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._file_timeout = aiohttp.ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> ComfyClient:
@@ -172,7 +175,7 @@ class ComfyClient:
     async def fetch(self, file: OutputFile) -> bytes:
         """The content of a file a run made."""
         query = {"filename": file.filename, "subfolder": file.subfolder, "type": file.folder}
-        async with self._open("GET", "/view", params=query) as response:
+        async with self._open("GET", "/view", params=query, timeout=self._file_timeout) as response:
             if response.status != 200:
                 raise ComfyError(
                     f"ComfyUI has no file {file.filename!r} any more (status {response.status}); run the prompt again"
@@ -224,26 +227,29 @@ class ComfyClient:
         on_progress: Callable[[Progress], None] | None,
         on_preview: Callable[[bytes], None] | None,
     ) -> bool:
-        """Pass on what the websocket says. True when it says the run ended, False when it closes or is silent for 5 seconds."""
-        while True:
+        """Pass on what the websocket says. True when it says the run ended, False when it closes or says nothing about this run
+        for SILENCE seconds, whatever else it tells."""
+        heard = time.monotonic()
+        while (left := heard + SILENCE - time.monotonic()) > 0:
             try:
-                message = await socket.receive(timeout=5)
+                message = await socket.receive(timeout=left)
             except asyncio.TimeoutError:
                 return False
             if message.type == aiohttp.WSMsgType.BINARY and on_preview is not None and message.data[:4] == b"\0\0\0\1":
                 on_preview(message.data[8:])  # event 1 is a preview; its picture format follows
             elif message.type == aiohttp.WSMsgType.TEXT:
-                event = json.loads(message.data)
-                data = event.get("data") or {}
+                kind, data = _event(message.data)
                 if data.get("prompt_id") != prompt_id:
                     continue
-                if event["type"] == "progress" and on_progress is not None:
+                heard = time.monotonic()
+                if kind == "progress" and on_progress is not None:
                     on_progress(Progress(str(data.get("node")), int(data["value"]), int(data["max"])))
-                elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+                elif kind in ("execution_success", "execution_error", "execution_interrupted"):
                     return True
             elif message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.ERROR):
                 await asyncio.sleep(1)  # no more progress, but the record will tell
                 return False
+        return False
 
     @contextlib.asynccontextmanager
     async def _listen(self) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
@@ -303,6 +309,16 @@ def describe_refusal(answer: Mapping[str, Any]) -> str:
         says = error if isinstance(error, str) else f"{error.get('message')} {error.get('details') or ''}".strip()
         sentences.append(says)
     return "; ".join(dict.fromkeys(sentence.strip().rstrip(".") for sentence in sentences))
+
+
+def _event(text: str) -> tuple[Any, Mapping[str, Any]]:
+    """Type and data of a message on the websocket. Packs broadcast what they like there: what has no data is (None, {})."""
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None, {}
+    data = event.get("data") if isinstance(event, dict) else None
+    return (event.get("type"), data) if isinstance(data, dict) else (None, {})
 
 
 def _result(prompt_id: str, entry: Mapping[str, Any], seconds: float) -> Result:

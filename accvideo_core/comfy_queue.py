@@ -50,7 +50,8 @@ class QueueArgs:
     set: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="NAME=VALUE")] = ()
     """An input of the workflow: prompt="a red ball", seed=7, or NODE.INPUT=VALUE with the node's id, title or class."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """Where what the workflow saved is brought to: a file, or a folder. Without it the server keeps it."""
+    """Where what the workflow saved is brought to: a file, or a folder, in which files of different subfolders on the server keep
+    them. Without it the server keeps it."""
     vbench: Path | None = None
     """Make the videos VBench scores: 5 of every prompt of this file (.txt, .csv, .jsonl, or its VBench_full_info.json), under
     the names it expects, into the folder -o."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,7 +25,8 @@ LONGEST_NAME = 255  # bytes of a file name on the usual file systems
 
 
 def run_once(nodes: Nodes, server: str, out: Path | None, json_wanted: bool) -> int:
-    """Run a workflow and bring what it saved to `out`, a file or a folder; without one, say where it lies on the server."""
+    """Run a workflow and bring what it saved to `out`, a file or a folder (see `places`); without one, say where it lies on the
+    server."""
     single = out is not None and out.suffix != "" and not out.is_dir()
     if out is not None:
         check_writable(out if single else out / "probe")
@@ -38,7 +40,7 @@ def run_once(nodes: Nodes, server: str, out: Path | None, json_wanted: bool) -> 
                 raise ComfyError(f"the workflow saved {len(files)} files ({names}); give -o a folder, or leave it out")
             if out is None:
                 return result, ["/".join(filter(None, (it.folder, it.subfolder, it.filename))) for it in files]
-            paths = [out if single else out / file.filename for file in files]
+            paths = [out] if single else places(files, out)
             for file, path in zip(files, paths, strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 await comfy.download(file, path)
@@ -120,8 +122,24 @@ def vbench_name(prompt: str, index: int) -> str:
     return name
 
 
+def places(files: Sequence[OutputFile], out: Path) -> list[Path]:
+    """A path in the folder `out` for each file: its name, below the subfolders it has on the server less those that all share.
+    ComfyError for a name that would lead out of `out`."""
+    ways = []
+    for file in files:
+        name = f"{file.folder}/{file.subfolder}/{file.filename}"
+        way = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+        if any(not part.strip(". ") or "\0" in part or Path(part).drive for part in way):
+            raise ComfyError(f"ComfyUI names a file {name!r}, which leads out of {str(out)!r}; give -o a file, or leave it out")
+        ways.append(way)
+    shared = 0
+    while ways and all(way[shared : shared + 1] == ways[0][shared : shared + 1] and len(way) > shared + 1 for way in ways):
+        shared += 1
+    return [out.joinpath(*way[shared:]) for way in ways]
+
+
 async def _run(comfy: ComfyClient, nodes: Nodes, quiet: bool) -> Result:
-    """Run it, with a bar of its steps; whoever stops waiting takes it out of ComfyUI's queue."""
+    """Run it, with a bar of its steps; whoever stops waiting takes it out of ComfyUI's queue, or stops it there if it runs."""
     queued: list[str] = []
     with tqdm(desc="running", unit="step", disable=quiet, leave=False) as bar:
 
@@ -135,7 +153,8 @@ async def _run(comfy: ComfyClient, nodes: Nodes, quiet: bool) -> Result:
         except asyncio.CancelledError:
             for prompt_id in queued:
                 with suppress(ComfyError):
-                    await comfy.remove(prompt_id)
+                    await comfy.remove(prompt_id)  # first, so that it cannot start after it was found not to run
+                    await comfy.interrupt(prompt_id)
             raise
 
 

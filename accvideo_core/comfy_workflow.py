@@ -32,7 +32,8 @@ def with_settings(nodes: Nodes, settings: Iterable[str]) -> Nodes:
 
     name   an input's name, which sets it wherever it is written into a node; `node.input` for one node, by its id, title or
            class; or `prompt`, the text that leads to an input named positive
-    value  read as what the input holds now: a number, true or false, or text as it stands
+    value  read as what the input holds now: a number, true or false, or text as it stands. ComfyUI's editor writes 1.0 as 1, so
+           a whole number says nothing about what the input takes
     Raises InvalidValueError for a setting without "=", a name that nothing has, and a value of another kind.
     """
     nodes = deepcopy(nodes)
@@ -95,10 +96,11 @@ def _value(text: str, now: Any, what: str) -> Any:
             return {"true": True, "false": False}[text.strip().lower()]
         if isinstance(now, (int, float)):
             number = json.loads(text)
-            if isinstance(number, bool) or not isinstance(number, (int, float) if isinstance(now, float) else int):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise ValueError
-            return number
+            whole = isinstance(now, int) and isinstance(number, float) and number.is_integer()
+            return int(number) if whole else number
     except (ValueError, KeyError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(now)]
+        kind = "true or false" if isinstance(now, bool) else "a number"
         raise InvalidValueError(f"{text!r} is no value for {what}; it holds {now}, so give {kind}") from None
     return text

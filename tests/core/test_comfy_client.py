@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,17 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from accvideo_core.comfy_client import ComfyClient, ComfyError, ComfyInterrupted, OutputFile, Progress, describe_refusal
+from accvideo_core import comfy_client
+from accvideo_core.comfy_client import (
+    ComfyClient,
+    ComfyError,
+    ComfyForgot,
+    ComfyInterrupted,
+    ComfyUnreachable,
+    OutputFile,
+    Progress,
+    describe_refusal,
+)
 
 PROMPT = {"4": {"class_type": "AccVideoSampler", "inputs": {}}}
 DONE = {"outputs": {"7": {"images": [{"filename": "a.mp4", "subfolder": "video", "type": "output"}], "animated": [True]}}}
@@ -32,8 +43,9 @@ class StandIn:
         say: Callable[[web.WebSocketResponse], Awaitable[None]] | None = None,
         answer: dict[str, Any] | None = None,
         status: int = 200,
+        view: Callable[[web.StreamResponse], Awaitable[Any]] | None = None,
     ) -> None:
-        self.entry, self.say, self.status = entry, say, status
+        self.entry, self.say, self.status, self.view = entry, say, status, view
         self.answer = {"prompt_id": "p", "number": 1, "node_errors": {}} if answer is None else answer
         self.posted: list[tuple[str, Any]] = []
         self.queued = asyncio.Event()
@@ -58,22 +70,27 @@ class StandIn:
         self.queued.set()
         return web.json_response(self.answer, status=self.status)
 
-    async def get(self, request: web.Request) -> web.Response:
+    async def get(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/queue":
             running = [] if self.finished or self.entry is None else [[0, "p", {}, {}, []]]
             return web.json_response({"queue_running": running, "queue_pending": []})
+        if request.path == "/view" and self.view is not None:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await self.view(response)
+            return response
         if request.path == "/view":
             known = request.query["filename"] == "a.mp4"
             return web.Response(body=b"movie") if known else web.Response(status=404)
         return web.json_response({"p": self.entry} if self.finished and self.entry is not None else {})
 
-    def play(self, act: Callable[[ComfyClient], Awaitable[Any]]) -> Any:
+    def play(self, act: Callable[[ComfyClient], Awaitable[Any]], timeout: float = 60.0) -> Any:
         async def go() -> Any:
             application = web.Application()
             application.add_routes(
                 [web.get("/ws", self.websocket), web.post("/{name}", self.post), web.get("/{name:.*}", self.get)]
             )
-            async with TestServer(application) as server, ComfyClient(str(server.make_url("/"))) as comfy:
+            async with TestServer(application) as server, ComfyClient(str(server.make_url("/")), timeout) as comfy:
                 return await act(comfy)
 
         return asyncio.run(go())
@@ -96,6 +113,38 @@ def test_a_lost_websocket_loses_no_result() -> None:
         await socket.close()
 
     assert len(StandIn(DONE, say).play(lambda comfy: comfy.run(PROMPT)).files) == 1
+
+
+def test_what_packs_broadcast_is_passed_over() -> None:
+    async def say(socket: web.WebSocketResponse) -> None:
+        for text in (
+            '{"type": "monitor", "data": [1, 2]}',
+            '{"type": "progress", "data": "p"}',
+            '{"data": {}}',
+            "[1]",
+            "no JSON",
+        ):
+            await socket.send_str(text)
+
+    assert len(StandIn(DONE, say).play(lambda comfy: comfy.run(PROMPT)).files) == 1
+
+
+def test_a_run_is_asked_after_while_a_pack_broadcasts_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Removed from the queue, it will never be told of on the websocket; others are, more often than every SILENCE seconds."""
+    monkeypatch.setattr(comfy_client, "SILENCE", 0.1, raising=False)
+
+    async def say(socket: web.WebSocketResponse) -> None:
+        while not socket.closed:
+            await socket.send_json({"type": "monitor", "data": {"cpu": 3}})
+            await socket.send_json({"type": "progress", "data": {"prompt_id": "another", "node": "4", "value": 1, "max": 5}})
+            with suppress(asyncio.TimeoutError):
+                await socket.receive(timeout=0.01)
+
+    async def run(comfy: ComfyClient) -> None:
+        await asyncio.wait_for(comfy.run(PROMPT), 8)
+
+    with pytest.raises(ComfyForgot, match="no longer knows prompt p"):
+        StandIn(None, say).play(run)
 
 
 def test_nobody_there() -> None:
@@ -168,3 +217,24 @@ def test_files_are_downloaded_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ComfyError, match=r"no file 'b\.mp4' any more"):
         StandIn().play(lambda comfy: comfy.download(gone, tmp_path / "b.mp4"))
     assert not (tmp_path / "b.mp4").exists()
+
+
+def test_a_download_may_take_long_while_bytes_come() -> None:
+    async def slowly(response: web.StreamResponse) -> None:
+        for _ in range(5):
+            await response.write(b"movie")
+            await asyncio.sleep(0.2)
+
+    file = OutputFile("7", "images", "a.mp4", "", "output")
+    assert StandIn(view=slowly).play(lambda comfy: comfy.fetch(file), timeout=0.7) == b"movie" * 5
+
+
+def test_a_download_that_stops_halfway_is_an_error(tmp_path: Path) -> None:
+    async def stop(response: web.StreamResponse) -> None:
+        await response.write(b"mov")
+        await asyncio.sleep(0.5)
+
+    file = OutputFile("7", "images", "a.mp4", "", "output")
+    with pytest.raises(ComfyUnreachable, match="Timeout on reading"):
+        StandIn(view=stop).play(lambda comfy: comfy.download(file, tmp_path / "a.mp4"), timeout=0.1)
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from accvideo_core import cli, comfy_run
 from accvideo_core.comfy_client import OutputFile, Result
-from accvideo_core.comfy_run import read_vbench_prompts, vbench_name
+from accvideo_core.comfy_run import places, read_vbench_prompts, vbench_name
 from accvideo_core.comfy_workflow import prompt_places, read_workflow, with_settings
 from accvideo_core.errors import InvalidValueError
 
@@ -46,6 +47,31 @@ def test_settings_name_a_node_by_id_title_or_class_and_keep_its_kind() -> None:
     assert with_settings(nodes, ["kept=false"])["4"]["inputs"]["kept"] is False
 
 
+@pytest.mark.parametrize(
+    ("now", "text", "value"),
+    [
+        (6, "5.5", 5.5),
+        (6, "7", 7),
+        (6, "7.0", 7),
+        (6, "1e3", 1000),
+        (6.0, "7", 7),
+        (6.0, "5.5", 5.5),
+        (0, str(2**64 - 1), 2**64 - 1),
+    ],
+)
+def test_a_number_may_be_any_where_there_is_one(now: float, text: str, value: float) -> None:
+    """ComfyUI's "Export (API)" writes a guidance of 6.0 as 6."""
+    nodes = {"4": {"class_type": "AccVideoSampler", "inputs": {"guidance": now}}}
+    found = with_settings(nodes, [f"guidance={text}"])["4"]["inputs"]["guidance"]
+    assert found == value and type(found) is type(value)
+
+
+def test_true_or_false_stays_so() -> None:
+    nodes = {"4": {"class_type": "AccVideoSampler", "inputs": {"kept": True}}}
+    with pytest.raises(InvalidValueError, match=r"'1' is no value for kept .*; it holds True, so give true or false"):
+        with_settings(nodes, ["kept=1"])
+
+
 def test_the_words_are_found_through_other_nodes() -> None:
     nodes = {
         "a": {"class_type": "PrimitiveString", "inputs": {"value": "old"}},
@@ -65,8 +91,8 @@ def test_the_words_are_found_through_other_nodes() -> None:
         ("sed=7", "no input 'sed' is written into the workflow; there are which, text, width"),
         ("KSampler.seed=7", "no node has the id, title or class 'KSampler'; there are AccVideoTinyModels .node 1."),
         ("4.model=7", "no input 'model' is written into AccVideoSampler .node 4.; there are seed, family, steps"),
-        ("seed=seven", "'seven' is no value for seed of AccVideoSampler .node 4.; it holds 1, so give a whole number"),
-        ("seed=1.5", "'1.5' is no value for seed"),
+        ("seed=seven", "'seven' is no value for seed of AccVideoSampler .node 4.; it holds 1, so give a number"),
+        ("seed=true", "'true' is no value for seed"),
         ("shift=true", "'true' is no value for shift of AccVideoSampler .node 4.; it holds 7.0, so give a number"),
     ],
 )
@@ -97,11 +123,12 @@ class Willing:
         await asyncio.sleep(0.001)
         self._now -= 1
         self.asked.append(nodes)
-        files = [OutputFile("7", "images", name, "video", "output") for name in self.files]
+        ways = [f"video/{name}".rpartition("/") for name in self.files]
+        files = [OutputFile("7", "images", name, folder, "output") for folder, _, name in ways]
         return Result("id", (*files, OutputFile("4", "images", "preview.png", "", "temp")), {"9": ["a report"]}, 1.5)
 
     async def download(self, file: OutputFile, path: Path) -> Path:
-        Path(path).write_text(f"{file.filename} {self.asked[-1]['4']['inputs']['seed']}")
+        Path(path).write_text(f"{file.subfolder.removeprefix('video')}{file.filename} {self.asked[-1]['4']['inputs']['seed']}")
         return Path(path)
 
 
@@ -134,6 +161,66 @@ def test_a_file_for_several_is_refused_and_nothing_is_written(willing, tmp_path:
     assert not list(tmp_path.iterdir())
     assert cli.main(["queue", str(TINY), "-o", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b.mp4"}
+
+
+def test_files_of_one_name_keep_their_subfolders(willing, tmp_path: Path, capsys) -> None:
+    willing("teacher/video_1.mp4", "student/video_1.mp4", "all.mp4")
+    assert cli.main(["queue", str(TINY), "-o", str(tmp_path)]) == 0
+    brought = {path.relative_to(tmp_path).as_posix(): path.read_text() for path in tmp_path.rglob("*.*")}
+    assert brought == {
+        "teacher/video_1.mp4": "/teachervideo_1.mp4 1",
+        "student/video_1.mp4": "/studentvideo_1.mp4 1",
+        "all.mp4": "all.mp4 1",
+    }
+    assert capsys.readouterr().out.splitlines()[1:3] == [str(tmp_path / way / "video_1.mp4") for way in ("teacher", "student")]
+
+
+def test_places_of_files_in_a_folder(tmp_path: Path) -> None:
+    def place(*ways: tuple[str, str, str]) -> list[str]:
+        files = [OutputFile("7", "images", name, subfolder, folder) for folder, subfolder, name in ways]
+        return [path.relative_to(tmp_path).as_posix() for path in places(files, tmp_path)]
+
+    assert place() == []
+    assert place(("output", "a/b", "x.mp4")) == ["x.mp4"]
+    assert place(("output", "a/b", "x.mp4"), ("output", "a/c", "x.mp4")) == ["b/x.mp4", "c/x.mp4"]
+    assert place(("output", "a\\b", "x.mp4"), ("output", "a", "y.mp4")) == ["b/x.mp4", "y.mp4"], "a server on Windows"
+    assert place(("temp", "", "x.png"), ("input", "", "x.png")) == ["temp/x.png", "input/x.png"]
+    assert place(("output", "/etc", "x.mp4"), ("output", "./", "y.mp4")) == ["etc/x.mp4", "y.mp4"]
+
+
+@pytest.mark.parametrize("name", ["../x.mp4", "a/../../x.mp4", "..\\x.mp4", "teacher/..", "a\0b"])
+def test_no_file_leads_out_of_the_folder(willing, tmp_path: Path, capsys, name: str) -> None:
+    willing("a.mp4", name)
+    assert cli.main(["queue", str(TINY), "-o", str(tmp_path / "out")]) == 1
+    assert "which leads out of" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_whoever_stops_waiting_stops_the_run(willing) -> None:
+    """It is waiting or runs, and may begin to in between: it is removed first, then interrupted if it is the one that runs."""
+    server, told = willing(), []
+
+    async def tell(what: str, prompt_id: str) -> None:
+        told.append((what, prompt_id))
+
+    async def go() -> None:
+        queued = asyncio.Event()
+
+        async def run(nodes: dict[str, Any], on_progress: Any, on_queued: Any) -> Result:
+            on_queued("p")
+            queued.set()
+            await asyncio.sleep(60)
+            raise AssertionError
+
+        server.run, server.remove, server.interrupt = run, partial(tell, "remove"), partial(tell, "interrupt")
+        waiting = asyncio.create_task(comfy_run._run(server, {}, quiet=True))
+        await queued.wait()
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(go())
+    assert told == [("remove", "p"), ("interrupt", "p")]
 
 
 def test_vbench_videos_have_its_names_and_are_made_once(willing, tmp_path: Path, capsys) -> None:
