@@ -9,7 +9,7 @@ from ..errors import CheckpointError
 from .gguf_file import GGUFFile
 from .pytorch_file import PytorchFile
 from .safetensors_file import SafetensorsFile
-from .shards import Container, Shards, find_in_folder
+from .shards import Container, Shards, find_in_folder, weight_files
 
 # (first bytes, what the file then is)
 _REFUSED: tuple[tuple[bytes, str], ...] = (
@@ -80,3 +80,10 @@ def _head(path: Path) -> bytes | None:
     if not head:
         raise CheckpointError(f"{path} is empty; download it again")
     return head
+
+
+def input_files(path: Path) -> list[Path]:
+    """What is read of a checkpoint and may not be written over: what was named, its weight files, the scales beside them."""
+    files = weight_files(path) if path.exists() else []
+    maps = [companion_map(file) for file in files]
+    return [path, *files, *(found for found in maps if found is not None)]

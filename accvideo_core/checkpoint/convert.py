@@ -11,9 +11,10 @@ import itertools
 import json as json_module
 import math
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,11 @@ import torch
 import tyro
 
 from ..errors import InvalidValueError, OutputError
-from ..files import check_output
+from ..files import atomic_path, check_output, output_error, sync_folder
 from ..progress import byte_progress
 from .config import NetworkConfig
-from .layouts import COMFYUI_NATIVE, HUNYUAN_DIFFUSERS, ORIGINAL, Layout
+from .containers import input_files
+from .layouts import COMFYUI_NATIVE, HUNYUAN_DIFFUSERS, ORIGINAL, Layout, some
 from .quantised import MARKER, QUANTISATION_METADATA, cast, check_finite, quantise_fp8, scale_name
 from .reader import Checkpoint, open_checkpoint
 from .safetensors_file import stream_safetensors
@@ -43,6 +45,7 @@ _LAYOUTS: dict[tuple[str, bool], Layout] = {  # (layout, whether it is Wan's)
     ("diffusers", True): WAN_DIFFUSERS,
 }
 _WEIGHTS = "diffusion_pytorch_model"  # as diffusers names its files
+_IN_FOLDER = re.compile(rf"config\.json|{_WEIGHTS}(-\d{{5,}}-of-\d{{5,}})?\.safetensors|{_WEIGHTS}\.safetensors\.index\.json")
 Entry = tuple[torch.dtype, tuple[int, ...]]
 
 
@@ -80,6 +83,8 @@ def convert(
     dtype        stored: nothing is rounded. fp8_e4m3fn: Linear weights cast without scales, the rest as stored. scaled_fp8:
                  Linear weights with a scale each, the rest as stored
     weights      as for `open_checkpoint`
+    overwrite    replace an `out` that exists: never one that is an input or holds one, and a folder only if nothing else is in it
+                 than what is written here
     shard_bytes  largest file of a diffusers folder
     progress     called with (bytes read, bytes in all)
     Raises InvalidValueError for what no format has, CheckpointError for the source and for values the dtype cannot hold,
@@ -95,15 +100,18 @@ def convert(
         if any(target.mode in ("scale", "keep") for target in targets.values()):
             entries[MARKER] = (torch.float8_e4m3fn, (2,))
         size = sum(math.prod(shape) * kind.itemsize for kind, shape in entries.values())
-        check_output(out, [source], overwrite, size)
+        inputs = input_files(source)
+        check_output(out, inputs, overwrite, size)
         if out.exists() and out.is_dir() != (layout == "diffusers"):
             raise OutputError(
                 f"{str(out)!r} is {'a folder' if out.is_dir() else 'a file'}, the output is not; choose another name"
             )
+        if layout == "diffusers":
+            _check_folder(out, inputs)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("format", QUANTISATION_METADATA)}
         tensors = _tensors(checkpoint, naming, targets, progress)
         if layout == "diffusers":
-            files = _write_folder(out, checkpoint.config, entries, tensors, metadata, shard_bytes)
+            files = _write_folder(out, checkpoint.config, entries, tensors, metadata, shard_bytes, overwrite)
         else:
             stream_safetensors(out, entries, tensors, metadata | {"format": "pt"})
             files = 1
@@ -187,6 +195,7 @@ def _write_folder(
     tensors: Iterator[tuple[str, torch.Tensor]],
     metadata: Mapping[str, str],
     shard_bytes: int,
+    overwrite: bool,
 ) -> int:
     """A diffusers folder: written beside `out` under another name, then renamed. Returns the number of weight files."""
     shards = list(_shards(entries, shard_bytes))
@@ -204,9 +213,9 @@ def _write_folder(
             total = sum(math.prod(shape) * kind.itemsize for kind, shape in entries.values())
             homes = {name: file for file, names in zip(files, shards, strict=True) for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-            (temporary / f"{_WEIGHTS}.safetensors.index.json").write_text(json_module.dumps(index, indent=2) + "\n", "utf-8")
-        (temporary / "config.json").write_text(json_module.dumps(diffusers_config(config), indent=2) + "\n", "utf-8")
-        _replace_folder(temporary, out)
+            _write_json(temporary / f"{_WEIGHTS}.safetensors.index.json", index)
+        _write_json(temporary / "config.json", diffusers_config(config))
+        _move_folder(temporary, out, overwrite)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -232,16 +241,56 @@ def _shards(entries: Mapping[str, Entry], shard_bytes: int) -> Iterator[tuple[st
     yield tuple(group)
 
 
-def _replace_folder(new: Path, out: Path) -> None:
-    old = out.with_name(f".{secrets.token_hex(8)}.tmp") if out.exists() else None
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json_module.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def _check_folder(out: Path, inputs: Iterable[Path]) -> None:
+    """Raise OutputError, before any work, unless the folder `out` may be replaced as a whole: no input lies in it, and nothing
+    else than what is written here."""
+    if out.name in ("", ".."):
+        raise OutputError(f"the output {str(out)!r} has no name of its own; give the folder's name")
+    if not out.exists():
+        return
+    for path in inputs:
+        # Where it is a link: neither that nor what it leads to.
+        above = {folder for place in (path.parent.resolve() / path.name, path.resolve()) for folder in place.parents}
+        if any(os.path.samefile(folder, out) for folder in above):
+            raise OutputError(
+                f"the input {str(path)!r} lies in the output {str(out)!r}, which is replaced as a whole; choose another folder"
+            )
+    _check_only_ours(out, out)
+
+
+def _check_only_ours(folder: Path, out: Path) -> None:
+    """OutputError if a folder, which is that of `out`, holds what `_write_folder` does not write."""
+    try:
+        others = sorted(path.name for path in folder.iterdir() if not (_IN_FOLDER.fullmatch(path.name) and path.is_file()))
+    except OSError as error:
+        raise output_error(out, error) from error
+    if others:
+        raise OutputError(
+            f"{str(out)!r} also holds {some(others)}, which would be lost: a diffusers folder is replaced as a whole; move that "
+            "elsewhere, or choose another folder"
+        )
+
+
+def _move_folder(new: Path, out: Path, overwrite: bool) -> None:
+    """Give a whole folder its name. One that has it is moved aside and looked at again, since something may have come into it
+    meanwhile; it goes when the new one's name is on the disk."""
+    old = out.with_name(f".{secrets.token_hex(8)}.tmp") if overwrite and out.exists() else None
     if old is not None:
         os.replace(out, old)
     try:
+        if old is not None:
+            _check_only_ours(old, out)
         os.replace(new, out)
-    except OSError:
+    except BaseException:
         if old is not None:
             os.replace(old, out)
         raise
+    sync_folder(out.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -301,7 +350,7 @@ class ConvertArgs:
     weights: str | None = None
     """Which network of a .pt file that holds several: module (the default), ema, ..."""
     overwrite: bool = False
-    """Replace an output that exists."""
+    """Replace an output that exists; a folder only if it holds nothing else than a network as diffusers has it."""
     shard_gb: float = 5.0
     """Largest file of a diffusers folder, in GB of 10^9 bytes."""
     json: bool = False

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint, open_checkpoint, write_safetensors
+from ..checkpoint.containers import input_files
 from ..checkpoint.layouts import some
 from ..errors import InvalidValueError, LoraError
 from ..files import check_output
@@ -87,7 +88,8 @@ def extract_lora(
         raise InvalidValueError(f"energy {energy} is no share; choose a number above 0 and at most 1, 0.98 for most")
     if key_format not in KEY_FORMATS:
         raise InvalidValueError(f"unknown key format {key_format!r}; known: {', '.join(KEY_FORMATS)}")
-    check_output(out, [tuned, base], overwrite)
+    inputs = [*input_files(tuned), *input_files(base)]
+    check_output(out, inputs, overwrite)
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(open_checkpoint(path)) for path in (tuned, base))
         keys = _common(ours, theirs, blocks)
@@ -109,7 +111,7 @@ def extract_lora(
         )
     tensors, metadata = KEY_FORMATS[key_format].write({key: work.changes[key] for key in order}, family)
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
-    check_output(out, [tuned, base], overwrite, size)
+    check_output(out, inputs, overwrite, size)
     settings = {"tuned": tuned.name, "base": base.name, "rank": rank, "energy": energy, "residual": work.residual}
     write_safetensors(out, tensors, {"format": "pt", "accvideo_extract": json.dumps(settings), **metadata})
     unchanged = len(keys) - len(work.results)

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.containers import input_files
 from ..checkpoint.layouts import some
 from ..checkpoint.quantised import QUANTISATION_METADATA
 from ..checkpoint.safetensors_file import stream_safetensors
@@ -108,7 +109,7 @@ def merge_lora(
     uses = [use if isinstance(use, LoraUse) else LoraUse(Path(use)) for use in loras]
     if not uses:
         raise InvalidValueError("there is no LoRA to merge; name at least one")
-    inputs = [*(weight_files(base) if base.exists() else [base]), *(use.path for use in uses)]
+    inputs = [*input_files(base), *(use.path for use in uses)]
     check_output(out, inputs, overwrite)
     storage = Storage(dtype) if isinstance(dtype, torch.dtype) else dtype
     with ExitStack() as stack:

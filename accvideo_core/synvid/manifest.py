@@ -5,11 +5,12 @@ A line ends with a check value, so that one torn by a crash or changed on the di
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from ..errors import SynVidError
@@ -70,7 +71,8 @@ _FIELDS = {item.name for item in fields(Sample)}
 
 @dataclass(frozen=True)
 class Withdrawal:
-    """A line that takes back everything in a latent file: it was found damaged, and its samples are to be captured again."""
+    """A line that takes back everything in a latent file, for good: it was found damaged, and its samples are to be captured
+    again, or copied from where they are whole under another name (`free_file`)."""
 
     withdrawn: str
 
@@ -134,10 +136,24 @@ class _Impossible(SynVidError, ValueError):
     """A sample that cannot be stored."""
 
 
+def withdrawn_files(entries: Iterable[Line]) -> set[str]:
+    """The latent files whose samples were taken back."""
+    return {entry.withdrawn for entry in entries if isinstance(entry, Withdrawal)}
+
+
+def free_file(file: str, withdrawn: Container[str]) -> str:
+    """The name that a whole copy of a latent file is to have: its own, or another where that is withdrawn. It depends on nothing
+    else, so that a copy that was stopped is found when it is made again."""
+    while file in withdrawn:
+        name = hashlib.sha256(file.encode("utf-8")).hexdigest()[:32]
+        file = f"latents/{name[:2]}/{name}.safetensors"
+    return file
+
+
 def union(entries: Sequence[Line]) -> dict[str, Sample]:
     """The samples by id, in order of id, less those withdrawn. Of two with one id the later attempt counts, and of writers that
     did not know of each other the one in the file of the smaller name."""
-    withdrawn = {entry.withdrawn for entry in entries if isinstance(entry, Withdrawal)}
+    withdrawn = withdrawn_files(entries)
     samples: dict[str, Sample] = {}
     for entry in entries:
         if isinstance(entry, Sample) and entry.file not in withdrawn:

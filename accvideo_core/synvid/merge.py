@@ -6,7 +6,7 @@ import hashlib
 import json as json_module
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ import tyro
 from ..errors import InvalidValueError, OutputError, SynVidError
 from ..files import atomic_path, make_folder
 from ..progress import byte_progress
-from .manifest import Sample
+from .manifest import Sample, free_file, withdrawn_files
 from .reader import Damage, SynVidReader, grouped
 from .store import SynVidStore
 from .texts import text_file
@@ -27,7 +27,8 @@ class MergeArgs:
     """Join SynVid datasets that were made in the same way into one.
 
     What the output holds already is not copied again, so a merge that was stopped is simply run again, and a dataset that
-    has grown is merged again. Exit code 1 if something was damaged: it is named and left out.
+    has grown is merged again. What was withdrawn from the output is not held, so a good copy restores it. Exit code 1 if
+    something was damaged: it is named and left out.
     """
 
     datasets: tyro.conf.Positional[tuple[str, ...]]
@@ -66,9 +67,10 @@ def merge_synvid(
 ) -> MergeReport:
     """Add every whole sample of `datasets` to the dataset `out`, made if missing; `progress` has (bytes done, of all).
 
-    A latent file is copied as it is, under its own name, and its samples are committed once it has been flushed and its hash
-    is right; text and videos likewise. Raises SynVidError, naming the fields, if the headers differ, before anything is
-    copied, and OutputError where the output cannot be written; what was committed until then stays.
+    A latent file is copied as it is, under its own name unless that is withdrawn in `out` (`free_file`), and its samples are
+    committed once it has been flushed and its hash is right; text and videos likewise. Raises SynVidError, naming the fields,
+    if the headers differ, before anything is copied, and OutputError where the output cannot be written; what was committed
+    until then stays.
     """
     readers = [SynVidReader(address) for address in datasets]
     if not readers:
@@ -79,6 +81,12 @@ def merge_synvid(
     if any(str(reader.folder) == str(store.folder) for reader in readers):
         raise InvalidValueError(f"{out} is one of the datasets to merge; choose another output")
     seen = set(store.samples())
+    entries, _ = store.entries()
+    withdrawn = withdrawn_files(entries)
+    attempts: dict[str, int] = {}  # of all lines of an id, also those withdrawn
+    for entry in entries:
+        if isinstance(entry, Sample):
+            attempts[entry.id] = max(entry.attempt, attempts.get(entry.id, 0))
     work: list[tuple[SynVidReader, str, list[Sample]]] = []
     already = 0
     for reader in readers:
@@ -94,7 +102,11 @@ def merge_synvid(
         reader = next((reader for reader in readers if reader.header.negative_text == negative), readers[0])
         damages += _copy_text(reader, store, negative)
     for reader, file, members in work:
-        whole, found = _copy(reader, store, file, members)
+        name = free_file(file, withdrawn)
+        whole, found = _copy(reader, store, file, name, members)
+        if name != file:
+            later = [max(sample.attempt, attempts.get(sample.id, 0)) + 1 for sample in whole]
+            whole = [replace(sample, file=name, attempt=attempt) for sample, attempt in zip(whole, later, strict=True)]
         store.adopt(whole)
         damages += found
         copied += len(whole)
@@ -105,16 +117,18 @@ def merge_synvid(
     return MergeReport(copied, already, moved, tuple(damages))
 
 
-def _copy(reader: SynVidReader, store: SynVidStore, file: str, members: list[Sample]) -> tuple[list[Sample], list[Damage]]:
-    """Copy a latent file and what belongs to its samples: (the samples that are whole, what is damaged of the others)."""
-    if not _copy_file(reader, store, file, members[0].sha256):
+def _copy(
+    reader: SynVidReader, store: SynVidStore, file: str, name: str, members: list[Sample]
+) -> tuple[list[Sample], list[Damage]]:
+    """Copy a latent file to `name`, and what belongs to its samples: (those that are whole, what is damaged of the others)."""
+    if not _copy_file(reader, store, file, name, members[0].sha256):
         return [], [Damage(sample.id, file, "it is missing or its content has changed") for sample in members]
     whole, damages = [], []
     for sample in members:
         if lacking := _copy_text(reader, store, sample.text, sample.id):
             damages += lacking
             continue
-        if sample.video is not None and not _copy_file(reader, store, sample.video, sample.video_sha256 or ""):
+        if sample.video is not None and not _copy_file(reader, store, sample.video, sample.video, sample.video_sha256 or ""):
             damages.append(Damage(sample.id, sample.video, "it is missing or its content has changed"))
             continue
         whole.append(sample)
@@ -130,14 +144,14 @@ def _copy_text(reader: SynVidReader, store: SynVidStore, name: str, sample: str 
     return []
 
 
-def _copy_file(reader: SynVidReader, store: SynVidStore, name: str, expected: str) -> bool:
-    """Copy a file unless it is there already; False, and nothing is left, if it cannot be read or has another hash."""
+def _copy_file(reader: SynVidReader, store: SynVidStore, origin: str, name: str, expected: str) -> bool:
+    """Copy a file to `name` unless it is there already; False, and nothing is left, if it cannot be read or has another hash."""
     if store.file_hash(name) == expected:
         return True
     path, digest = store.path / name, hashlib.sha256()
     make_folder(path.parent)
     try:
-        with reader.folder.open(name) as source, atomic_path(path) as temporary:
+        with reader.folder.open(origin) as source, atomic_path(path) as temporary:
             with open(temporary, "xb") as file:
                 for piece in iter(partial(source.read, 1 << 20), b""):
                     digest.update(piece)

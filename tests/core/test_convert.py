@@ -198,6 +198,114 @@ class TestOutput:
                 convert(source, out, overwrite=True)
         assert source.read_bytes() == before
 
+    @pytest.mark.parametrize("where", ["file", "deep", "link to it", "link in it", "shards", "pipeline", "map"])
+    def test_a_folder_that_holds_an_input_is_refused(self, tmp_path, source, where):
+        """It is replaced as a whole, so the input would go with it."""
+        if os.name == "nt" and where in ("link to it", "link in it", "map"):
+            pytest.skip("Windows lets few users make links")
+        models = tmp_path / "models"
+        models.mkdir()
+        given, out = models / "dit.safetensors", models
+        if where == "file":
+            os.rename(source, given)
+        elif where == "deep":
+            (models / "deep").mkdir()
+            os.rename(source, models / "deep" / "a")
+            given = Path(os.path.relpath(models / "deep" / "a"))
+        elif where == "link to it":
+            os.rename(source, models / "blob")
+            given = tmp_path / "link"
+            given.symlink_to(models / "blob")
+        elif where == "link in it":
+            given.symlink_to(source)
+        elif where == "shards":
+            convert(source, models, "diffusers", shard_bytes=600_000, overwrite=True)
+            given = models / "diffusion_pytorch_model.safetensors.index.json"
+        elif where == "pipeline":
+            given, out = models, models / "transformer"
+            convert(source, out, "diffusers")
+            (models / "model_index.json").write_text("{}")
+        else:
+            given = tencent_fp8(tmp_path, random_state(HUNYUAN)).path
+            os.rename(given.with_name(given.stem + "_map.pt"), models / "map")
+            given.with_name(given.stem + "_map.pt").symlink_to(models / "map")
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(OutputError, match=r"the input .* lies in the output .*; choose another folder|one of the inputs"):
+            convert(given, out, "diffusers", "bf16", overwrite=True)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+    def test_a_folder_that_holds_anything_else_is_refused_and_named(self, tmp_path, source):
+        out = tmp_path / "models"
+        convert(source, out, "diffusers", shard_bytes=600_000)
+        assert len(list(out.iterdir())) > 3
+        convert(source, out, "diffusers", "bf16", overwrite=True)  # in fewer files: the others go, being this writer's
+        assert {path.name for path in out.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
+        for other in ("README.md", "diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors.bak"):
+            (out / other).write_bytes(b"mine")
+        (out / "loras").mkdir()
+        before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        done = []
+        told = r"also holds README.md, .*fp16.safetensors, .*\.bak, loras, which would be lost.*move that elsewhere"
+        with pytest.raises(OutputError, match=told):
+            convert(source, out, "diffusers", overwrite=True, progress=lambda *told: done.append(told))
+        assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before and not done
+
+    def test_what_comes_into_the_folder_meanwhile_is_kept(self, tmp_path, source):
+        out = tmp_path / "out"
+
+        def save(done: int, total: int) -> None:
+            out.mkdir(exist_ok=True)
+            (out / "mine.txt").write_text("mine")
+
+        with pytest.raises(OutputError, match=r"cannot write .*out"):  # it was not there when the work began
+            convert(source, out, "diffusers", progress=save)
+        assert [path.name for path in out.iterdir()] == ["mine.txt"]
+        (out / "mine.txt").unlink()
+        convert(source, out, "diffusers", overwrite=True)
+        before = {path.name: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(OutputError, match=r"also holds mine.txt"):
+            convert(source, out, "diffusers", "bf16", overwrite=True, progress=save)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before | {"mine.txt": b"mine"}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source.safetensors"]
+
+    def test_one_file_of_a_source_is_never_the_output(self, tmp_path, source):
+        convert(source, tmp_path / "folder", "diffusers", shard_bytes=600_000)
+        scaled = tencent_fp8(tmp_path, random_state(HUNYUAN)).path
+        for given, out in (
+            (tmp_path / "folder", sorted((tmp_path / "folder").glob("*.safetensors"))[0]),
+            (scaled, scaled.with_name(scaled.stem + "_map.pt")),
+        ):
+            before = out.read_bytes()
+            with pytest.raises(OutputError, match="one of the inputs"):
+                convert(given, out, dtype="bf16", overwrite=True)
+            assert out.read_bytes() == before
+
+    def test_a_folder_without_a_name_of_its_own(self, tmp_path, source, monkeypatch):
+        (tmp_path / "inside").mkdir()
+        monkeypatch.chdir(tmp_path / "inside")
+        with pytest.raises(OutputError, match=r"'\.' has no name of its own"):
+            convert(source, ".", "diffusers", overwrite=True)
+
+    @pytest.mark.skipif(os.name == "nt", reason="Windows cannot flush a folder")
+    def test_everything_in_a_folder_is_flushed_before_it_has_its_name(self, tmp_path, source, monkeypatch):
+        out, order = tmp_path / "out", []
+        fsync, replace = os.fsync, os.replace
+
+        def note_fsync(handle: int) -> None:
+            order.append(os.fstat(handle).st_ino)
+            fsync(handle)
+
+        def note_replace(a: Path, b: Path) -> None:
+            replace(a, b)
+            order.extend(["named"] if b == out else [])
+
+        monkeypatch.setattr(os, "fsync", note_fsync)
+        monkeypatch.setattr(os, "replace", note_replace)
+        convert(source, out, "diffusers", shard_bytes=600_000)
+        named = order.index("named")
+        lacking = [path.name for path in (out, *out.iterdir()) if path.stat().st_ino not in order[:named]]
+        assert not lacking and order[named + 1 :] == [tmp_path.stat().st_ino]
+
     def test_a_folder_is_no_file(self, tmp_path, source):
         (tmp_path / "folder").mkdir()
         with pytest.raises(OutputError, match="is a folder"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accvideo_core import cli
+from accvideo_core.checkpoint.convert import convert
 from accvideo_core.dit import DiTConfig
 from accvideo_core.errors import AccVideoError, InvalidValueError, LoraError
 from accvideo_core.lora import extract_lora, merge_lora, parse_blocks, read_lora
@@ -184,6 +185,8 @@ def test_inputs_that_do_not_belong_together_or_do_not_differ(tmp_path: Path, pai
     other = tmp_path / "other.safetensors"
     save_file(random_weights(DiTConfig(128, 1, 2, 2, 24, 20)), other)
     save_file(wan_state(), tmp_path / "wan.safetensors")
+    folder, inside = tmp_path / "folder", tmp_path / "folder/diffusion_pytorch_model.safetensors"
+    convert(base, folder, "diffusers")
     broken = {name: value.clone() for name, value in state.items()}
     broken["single_blocks.0.linear2.weight"][3, 3] = float("nan")
     save_file(broken, tmp_path / "nan.safetensors")
@@ -198,6 +201,7 @@ def test_inputs_that_do_not_belong_together_or_do_not_differ(tmp_path: Path, pai
         "energy 98": lambda: extract_lora(tuned, base, out, energy=98),
         "unknown key format": lambda: extract_lora(tuned, base, out, key_format="a1111"),
         "one of the inputs": lambda: extract_lora(tuned, base, base, overwrite=True),
+        "is one of the inputs": lambda: extract_lora(tuned, folder, inside, overwrite=True),
         "exists": lambda: extract_lora(tuned, base, other),
         "nothing at double_blocks.5": lambda: extract_lora(tuned, base, out, blocks=parse_blocks("double.5")),
     }.items():

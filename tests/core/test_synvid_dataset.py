@@ -225,6 +225,73 @@ def test_merging_joins_what_is_whole_and_can_be_run_again(tmp_path: Path) -> Non
     assert merge_synvid([b], out).copied == 0
 
 
+def withdrawn_and_backed_up(tmp_path: Path) -> tuple[SynVidStore, Path, str]:
+    """A dataset of which a latent file of three samples was damaged and withdrawn, a good copy of it, and the file."""
+    store = dataset(tmp_path / "data", 6)
+    shutil.copytree(store.path, tmp_path / "backup")
+    lost = store.sample(PLAN[0]).file
+    flip(store.path / lost, -1)
+    assert cli.main(["inspect", str(store.path), "--verify", "--withdraw"]) == 1
+    assert set(store.samples()) == set(PLAN[3:6])
+    return store, tmp_path / "backup", lost
+
+
+def test_merging_a_good_copy_restores_what_was_withdrawn(tmp_path: Path) -> None:
+    store, backup, lost = withdrawn_and_backed_up(tmp_path)
+    whole = SynVidReader(backup).samples()
+    for attempt in (1, 2):  # and once more, when the restored file is damaged in its turn
+        report = merge_synvid([backup], store.path)
+        assert (report.copied, report.already, report.damages) == (3, 3, ())
+        found = SynVidReader(store.path).samples()
+        assert set(found) == set(PLAN[:6]) and store.verify() == [] and store.missing(PLAN[:6]) == []
+        assert torch.equal(store.read(PLAN[1], 1), key_of(PLAN[1], 1).half())
+        files = {found[name].file for name in PLAN[:3]}
+        assert len(files) == 1 and lost not in files and {found[name].attempt for name in PLAN[:3]} == {attempt}
+        assert [found[name] for name in PLAN[3:6]] == [whole[name] for name in PLAN[3:6]]
+        manifests = {path: path.read_bytes() for path in (store.path / "manifest").iterdir()}
+        again = merge_synvid([backup], store.path)
+        assert (again.copied, again.already, again.bytes) == (0, 6, 0) and len(latent_files(store.path)) == 2 + attempt
+        assert {path: path.read_bytes() for path in (store.path / "manifest").iterdir() if path in manifests} == manifests
+        (lost,) = files
+        flip(store.path / lost, -1)
+        assert cli.main(["inspect", str(store.path), "--verify", "--withdraw"]) == 1
+    commit(store, PLAN[:3])  # captured again instead
+    assert (merge_synvid([backup], store.path).copied, store.verify()) == (0, [])
+
+
+def test_a_restoring_merge_that_dies_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, backup, _ = withdrawn_and_backed_up(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SynVidStore, "adopt", lambda self, samples: (_ for _ in ()).throw(KeyboardInterrupt))
+        merge_synvid([backup], store.path)  # the file is copied and not committed: it does not exist
+    copied = {path: path.stat().st_mtime_ns for path in latent_files(store.path)}
+    assert set(store.samples()) == set(PLAN[3:6]) and len(copied) == 3
+    assert merge_synvid([backup], store.path).copied == 3
+    assert {path: path.stat().st_mtime_ns for path in latent_files(store.path)} == copied, "not copied twice"
+    assert set(store.samples()) == set(PLAN[:6]) and store.verify() == []
+
+
+def test_restoring_from_several_copies_and_twice_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a damaged copy nothing comes; two merges that do not know of each other commit the same file."""
+    store, backup, _ = withdrawn_and_backed_up(tmp_path)
+    shutil.copytree(backup, tmp_path / "bad")
+    for path in latent_files(tmp_path / "bad"):
+        flip(path, -1)
+    report = merge_synvid([tmp_path / "bad"], store.path)
+    assert (report.copied, {damage.id for damage in report.damages}) == (0, set(PLAN[:3])) and len(latent_files(store.path)) == 2
+    adopt, begun = SynVidStore.adopt, []
+
+    def other_first(self: SynVidStore, samples: list) -> None:
+        if not begun:
+            begun.append(True)
+            assert merge_synvid([backup], store.path).copied == 3
+        adopt(self, samples)
+
+    monkeypatch.setattr(SynVidStore, "adopt", other_first)
+    assert merge_synvid([backup], store.path).copied == 3
+    assert len(latent_files(store.path)) == 3 and set(store.samples()) == set(PLAN[:6]) and store.verify() == []
+
+
 def test_merging_refuses_other_headers_before_anything_is_copied(tmp_path: Path) -> None:
     dataset(tmp_path / "a", 1)
     dataset(tmp_path / "b", 1, header=Header.of("tiny", "e" * 64, steps=4, segments=2))
