@@ -41,7 +41,7 @@ class InspectArgs:
     self_check: bool = False
     """Also read every value and look for NaN, infinities and tensors that are all zero (reads the whole file)."""
     step: bool = False
-    """Also build the network and run one step from pure noise on a small latent with random text (needs memory for all of it)."""
+    """Also build the network and run one step from pure noise on a small latent without a prompt (needs memory for all of it)."""
     device: str = "cpu"
     """Where --step runs: cpu, cuda, mps. Attention kernels are listed for the GPU where there is one, or for the device named."""
     dtype: Literal["stored", "bf16", "fp16", "fp32"] = "stored"
@@ -152,7 +152,7 @@ def check_values(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
 
 @torch.inference_mode()
 def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
-    """Velocity at pure noise (seed 0) with random text: its mean, standard deviation and likeness to the noise.
+    """Velocity at pure noise (seed 0) without a word, all zeros: its mean, standard deviation and likeness to the noise.
 
     The likeness is the correlation of velocity and noise: near 1 for a network that works, near 0 for one whose weights
     went to the wrong places.
@@ -164,8 +164,9 @@ def one_step(args: InspectArgs) -> tuple[dict[str, Any], list[str]]:
     c = network.config
     noise = torch.randn(_STEP_LATENT, generator=generator)
     conditioning = Conditioning(
-        text=torch.randn(1, _STEP_TOKENS, c.text_dim, generator=generator),
-        pooled=torch.randn(1, c.pooled_dim, generator=generator),
+        # As ComfyUI's ConditioningZeroOut: no encoder is needed, and random numbers are further from what one gives.
+        text=torch.zeros(1, _STEP_TOKENS, c.text_dim),
+        pooled=torch.zeros(1, c.pooled_dim),
         guidance=torch.full((1,), 6.0) if c.guidance_embed else None,
     )
     network.attention_kernel = args.attention

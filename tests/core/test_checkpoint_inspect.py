@@ -15,6 +15,7 @@ from accvideo_core.checkpoint import expected_shapes, save_original, write_safet
 from accvideo_core.checkpoint.inspect import InspectArgs, run
 from accvideo_core.dit import DiTConfig
 from accvideo_core.errors import CheckpointError, InvalidValueError
+from accvideo_core.tiny import weights_folder
 from tests.networks import random_weights
 
 SMALL = DiTConfig(hidden_size=128, num_heads=1, depth_double=1, depth_single=2, text_dim=24, pooled_dim=20)
@@ -122,6 +123,11 @@ class TestStep:
         step = report["step"]
         assert step["finite"] and step["std"] > 0 and abs(step["likeness_to_noise"]) < 0.3
         assert "does not follow the noise" in report["problems"][0]  # random weights
+
+    @pytest.mark.parametrize("part", ["student", "teacher"])
+    def test_trained_networks_pass(self, capsys, part):
+        code, report = inspect(capsys, weights_folder() / f"{part}.safetensors", step=True, self_check=True)
+        assert code == 0 and report["step"]["likeness_to_noise"] > 0.5
 
     def test_a_network_that_returns_its_input_follows_the_noise(self, capsys, file):
         """Patches straight in and straight out: the smallest network that does what a trained one does at sigma 1."""
