@@ -1,5 +1,7 @@
 """Errors a user may meet. Each message says what is wrong, with what value, and what to do about it."""
 
+import sys
+
 
 class AccVideoError(Exception):
     """Base of every error meant for a user; the command line prints it in one line and exits with `exit_code`."""
@@ -42,7 +44,11 @@ class KernelError(AccVideoError):
 
 
 class MissingExtraError(AccVideoError, ImportError):
-    """An optional package is needed; the message names the extra that installs it."""
+    """An optional package is needed; the message says how to install it here, and the extra of ours that names it."""
+
+    def __init__(self, wanted: str, package: str, extra: str, otherwise: str = "") -> None:
+        command = f"{sys.executable} -m pip install {package}"
+        super().__init__(f"{wanted} the {package} package; install it: {command} (the extra accvideo[{extra}]){otherwise}")
 
 
 class AccVideoWarning(UserWarning):

@@ -329,9 +329,10 @@ short trajectories, where it stands out from what the machine varies by.
 
 {table(head, rows)}
 
-A whole trajectory has 50 steps, the tiny teacher's as long as the measured ones, those of the medium split 3.11 s, an H200's
-measured
-rate. Most of what is added is waiting for the disk at the end, and only where no next trajectory follows to hide it. Goal:
+A whole trajectory has 50 steps, the tiny teacher's as long as the measured ones, those of the medium split 3.11 s, which is
+computed
+from an H200's measured rate of plain matrix products, so the shortest a step could take (`accvideo budget` reckons with 3.7 s).
+Most of what is added is waiting for the disk at the end, and only where no next trajectory follows to hide it. Goal:
 the upper
 end at most 2 %. Bytes on disk are {size["ratio"]:.3f} times the information (goal 1.02).
 """

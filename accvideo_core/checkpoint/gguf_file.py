@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import os
 import struct
-import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -196,7 +195,5 @@ def _package() -> ModuleType:
     try:
         import gguf
     except ImportError as error:
-        raise MissingExtraError(
-            f"GGUF files need the gguf package; install it: {sys.executable} -m pip install gguf (the extra accvideo[gguf])"
-        ) from error
+        raise MissingExtraError("GGUF files need", "gguf", "gguf") from error
     return gguf

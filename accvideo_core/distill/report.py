@@ -59,9 +59,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise MissingExtraError(
-                "TensorBoard is not installed; install it (pip install accvideo[train]) or say --no-tensorboard"
-            ) from error
+            raise MissingExtraError("TensorBoard's files need", "tensorboard", "train", ", or say --no-tensorboard") from error
         self._open = functools.partial(SummaryWriter, str(folder), purge_step=start + 1)
 
     @functools.cached_property

@@ -32,7 +32,7 @@ from .models import BUNDLED, Precision, find_network, load_network
 
 @dataclass(frozen=True)
 class CaptureArgs:
-    """Capture a teacher's denoising trajectories. On several GPUs: torchrun --nproc-per-node 8 -m accvideo_core capture ..."""
+    """Capture a teacher's denoising trajectories. On several GPUs: torchrun --nproc-per-node 8 -m -- accvideo_core capture ..."""
 
     plan: Path
     """The plan's folder (accvideo encode)."""

@@ -17,7 +17,7 @@ def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("figures need the matplotlib package; install it: pip install accvideo[train]") from error
+        raise MissingExtraError("figures need", "matplotlib", "train") from error
     return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 

@@ -176,9 +176,7 @@ def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtraError(
-            "the released text encoders need the transformers package; install it: pip install accvideo[text]"
-        ) from error
+        raise MissingExtraError("the released text encoders need", "transformers", "text") from error
     return transformers
 
 
@@ -186,5 +184,5 @@ def _ftfy() -> ModuleType:
     try:
         import ftfy
     except ImportError as error:
-        raise MissingExtraError("Wan's text encoder needs the ftfy package; install it: pip install accvideo[text]") from error
+        raise MissingExtraError("Wan's text encoder needs", "ftfy", "text") from error
     return ftfy

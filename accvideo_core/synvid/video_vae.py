@@ -68,7 +68,5 @@ def _diffusers() -> ModuleType:
     try:
         import diffusers
     except ImportError as error:
-        raise MissingExtraError(
-            "HunyuanVideo's VAE needs the diffusers package; install it: pip install accvideo[text]"
-        ) from error
+        raise MissingExtraError("HunyuanVideo's VAE needs", "diffusers", "text") from error
     return diffusers

@@ -19,11 +19,12 @@ from .text import TinyTextEncoder
 from .vae import LATENT_SCALE, TinyVAE
 
 Which = Literal["student", "teacher"]
+_BUNDLED = Path(__file__).parent / "weights"
 
 
 def weights_folder() -> Path:
     """Where the bundled weights lie; ACCVIDEO_TINY_WEIGHTS names another folder."""
-    return Path(os.environ.get("ACCVIDEO_TINY_WEIGHTS") or Path(__file__).parent / "weights")
+    return Path(os.environ.get("ACCVIDEO_TINY_WEIGHTS") or _BUNDLED)
 
 
 def weights_path(name: str, folder: Path | None = None) -> Path:
@@ -114,7 +115,8 @@ def _fill(module: nn.Module, path: Path) -> None:
 
 
 def _missing(path: Path, error: Exception) -> CheckpointError:
-    cure = "reinstall accvideo, or train them: accvideo tiny train"
+    trained = f"train it: accvideo tiny train {'base' if path.stem == 'text_encoder' else path.stem}"
+    cure = f"reinstall accvideo, or {trained}" if path.parent == _BUNDLED else f"{trained}, with that folder as --weights"
     return CheckpointError(f"cannot read the tiny world's weights {str(path)!r} ({error}); {cure}")
 
 

@@ -109,6 +109,6 @@ def test_bad_arguments_are_named_before_the_work(tmp_path: Path, wrong: dict, sa
 
 def test_a_figure_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install accvideo\[train\]"):
+    with pytest.raises(MissingExtraError, match=r"-m pip install matplotlib \(the extra accvideo\[train\]\)"):
         toy.run(toy.ToyArgs(out=tmp_path / "new"))
     assert not (tmp_path / "new").exists()

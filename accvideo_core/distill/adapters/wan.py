@@ -159,5 +159,5 @@ def _transformer() -> Any:
     try:
         from diffusers import WanTransformer3DModel
     except ImportError as error:
-        raise MissingExtraError("Wan needs the diffusers package; install it: pip install accvideo[text]") from error
+        raise MissingExtraError("Wan needs", "diffusers", "text") from error
     return WanTransformer3DModel
