@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from ..checkpoint import load_student
 from ..devices import pick_device, synchronize
+from ..distill import state
 from ..distill.adapters import Adapter, adapter_for
 from ..distill.config import TrainConfig
 from ..distill.parallel import World
@@ -44,6 +45,7 @@ from .fidelity import Made, fidelity, forced, make, plain
 from .plans import drawn_plan
 
 RESULT = "result.json"
+TOLD = Path("checkpoints") / "told.json"
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,15 @@ class Study:
     dataset: SynVidDataset
     rows: list[Row]
     recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What an arm's training has told: the seconds of every iteration, and the last scalars. It is kept beside the checkpoints,
+    written before each, so that an arm that was stopped has the time of all its iterations in the end."""
+
+    seconds: list[float]
+    last: dict[str, float]
 
 
 def run(args: AblateArgs) -> int:
@@ -207,18 +218,20 @@ def measured_updates(study: Study, iterations: int = 2) -> int:
 def do(study: Study, name: str, seed: int, folder: Path, wanted: Made) -> None:
     """Train an arm, judge it, keep its result."""
     arm, args, updates = ARMS[name], study.args, study.recipe["updates"]
-    network, seconds = study.teacher, 0.0
-    last: dict[str, float] = {}
+    network, told = study.teacher, Told([], {})
     if arm.config is not None:
-        start = time.perf_counter()
+        told, path, config = read_told(folder), folder / TOLD, config_of(args, arm, updates, seed)
         with tqdm(total=arm.iterations(updates), desc=f"{name}, seed {seed}", disable=args.json, leave=False) as bar:
 
             def observe(done: int, scalars: Mapping[str, float]) -> None:
                 bar.update(done - bar.n)
-                last.update(scalars)
+                told.seconds[done - 1 :] = [float(scalars["speed/seconds"])]  # iterations after a checkpoint are done again
+                told.last.update({key: float(value) for key, value in scalars.items()})
+                if done % config.save_every == 0 or done == config.iterations:  # the checkpoint is next
+                    with atomic_path(path) as temporary:
+                        temporary.write_text(json.dumps(asdict(told)) + "\n", encoding="utf-8")
 
             trainer_of(study, arm, updates, seed, folder, observers=[observe]).run()
-        seconds = time.perf_counter() - start
         network = load_student(folder / "student.safetensors", study.device, torch.float32).eval().requires_grad_(False)
     sigmas, batch = PRESET.sigmas(arm.steps), 50
     pipeline = pipeline_of(study, network, "teacher" if arm.config is None else "student")
@@ -229,8 +242,8 @@ def do(study: Study, name: str, seed: int, folder: Path, wanted: Made) -> None:
         "seed": seed,
         "recipe": study.recipe,
         "config": None if arm.config is None else asdict(config_of(args, arm, updates, seed)),
-        "seconds": seconds,
-        "last": {key: float(value) for key, value in last.items()},
+        "seconds": math.fsum(told.seconds),
+        "last": told.last,
         "score": score_reads(made.reads, study.rows),
         "to_teacher": plain(compared),
     }
@@ -239,6 +252,18 @@ def do(study: Study, name: str, seed: int, folder: Path, wanted: Made) -> None:
     with atomic_path(folder / RESULT) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # it is done, and they are large
+
+
+def read_told(folder: Path) -> Told:
+    """Of an arm that goes on, or nothing yet. CheckpointError if it is damaged, or lacks what a checkpoint has done."""
+    path, cure = folder / TOLD, f"delete {str(folder)!r} to do that arm again"
+    told, newest = Told([], {}), state.newest(path.parent)
+    if path.exists():
+        found = read_json(path, cure)
+        told = Told(found.get("seconds", []), found.get("last", {}))
+    if newest is not None and len(told.seconds) < state.step_of(newest):
+        raise CheckpointError(f"{str(path)!r} lacks the times of iterations before {newest.name}; {cure}")
+    return told
 
 
 def pipeline_of(study: Study, network: Any, which: Any) -> TinyPipeline:

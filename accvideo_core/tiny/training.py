@@ -91,7 +91,7 @@ class Task(Protocol):
     defaults: Defaults
     model: nn.Module  # everything that is trained
     matrices: list[nn.Parameter]  # those of its weights that Muon steps; AdamW does the rest
-    made_from: dict[str, str]  # what the result depends on besides the arguments: sha256 of earlier parts' files
+    made_from: dict[str, str]  # what the result depends on besides seed, batch and lr: sha256 of earlier parts' files, and such
 
     def prepare(self, share: Share) -> None: ...  # data that is made once and may take long
 

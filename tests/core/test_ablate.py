@@ -116,6 +116,37 @@ def test_an_arm_goes_on_where_it_was_stopped(done: Path, tmp_path: Path, monkeyp
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_an_arm_takes_the_time_of_all_its_iterations_whenever_they_were_done(done: Path, tmp_path: Path, monkeypatch) -> None:
+    """Stopped after the first of two, and again when it is trained but not judged."""
+    shutil.copytree(done, tmp_path / "stopped")
+    folder = tmp_path / "stopped" / "forward-mismatched" / "seed-1"
+    shutil.rmtree(folder)
+    report, save, make = ablate.Trainer._report, ablate.Trainer.save, ablate.make
+
+    def stop(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablate.Trainer, "_report", lambda self, n, start: report(self, n, start) | {"speed/seconds": 100.0 * n})
+    monkeypatch.setattr(ablate.Trainer, "save", lambda self, n: save(self, n) or stop())
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run(arguments(tmp_path / "stopped"))
+    monkeypatch.setattr(ablate.Trainer, "save", save)
+    monkeypatch.setattr(ablate, "make", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.run(arguments(tmp_path / "stopped"))
+    monkeypatch.setattr(ablate, "make", make)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "unknown")
+    ablate.run(arguments(tmp_path / "stopped"))
+    result = json.loads((folder / "result.json").read_text())
+    assert result["seconds"] == 300 and result["last"]["speed/seconds"] == 200
+    assert (tmp_path / "stopped" / "ablation.md").read_text().splitlines()[-3].endswith("| 5.0 |")
+    told = tmp_path / "unknown" / "forward-mismatched" / "seed-1" / "checkpoints" / "told.json"
+    for damage, said in ((lambda: told.write_text("{"), "cannot read"), (told.unlink, "lacks the times of iterations before")):
+        damage()
+        with pytest.raises(CheckpointError, match=rf"{said}.*delete .*seed-1' to do that arm again"):
+            ablate.run(arguments(tmp_path / "unknown"))
+
+
 def test_another_study_in_the_same_folder_is_named(done: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=r"study\.json.*lr 0\.0002, now 0\.1"):
         ablate.run(arguments(done, lr=0.1))

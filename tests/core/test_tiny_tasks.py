@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from accvideo_core.checkpoint import load_student
 from accvideo_core.dit import DiTConfig, HunyuanVideoDiT
@@ -17,7 +20,7 @@ from accvideo_core.sampling import euler_flow, make_noise, multistep_flow
 from accvideo_core.schedule import PRESETS
 from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, part_hash, training, weights_path
 from accvideo_core.tiny.prompts import read_prompt
-from accvideo_core.tiny.tasks import flow
+from accvideo_core.tiny.tasks import flow, make_task
 from accvideo_core.tiny.tasks.common import draw_guidance, to_network
 from accvideo_core.tiny.tasks.student import StudentTask, draw_noise_and_prompts
 from accvideo_core.tiny.tasks.vae import DecoderTask
@@ -53,6 +56,37 @@ def test_shape_filters_tell_shapes_apart_from_all_else(as_base):
         return torch.nn.functional.conv2d(latents.transpose(1, 2).flatten(0, 1), filters, padding=1)
 
     assert share(seen) > 4 * share(lambda latents: latents)
+
+
+META = torch.device("meta")
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Makes of "meta" a device as MPS is, without float64. Numbers that go from it to the CPU are made up."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return 1.0
+        if func is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device", META) != META:
+            return torch.rand(args[0].shape).to(kwargs.get("dtype") or args[0].dtype)
+        made = func(*args, **kwargs)
+        if any(isinstance(t, torch.Tensor) and t.is_meta and t.dtype == torch.float64 for t in tree_leaves(made)):
+            raise TypeError(f"{func} makes a float64 tensor on a device without float64")
+        return made
+
+
+@pytest.mark.parametrize("part", ["base", "guided", "teacher", "student"])
+def test_parts_are_made_and_learn_on_a_device_without_float64(part, as_base, tmp_path, small, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kw: contextlib.nullcontext())  # there is none for this device
+    with WithoutFloat64():
+        task = make_task(training.TrainArgs(part, run=tmp_path, trajectories=2), as_base, META)
+        filters = task.error.filters if part == "student" else task.error.each.filters
+        assert filters.device == META and filters.dtype == torch.float32 and filters.shape == (12, 16, 3, 3)
+        if part in ("base", "guided"):
+            task.pool.size = 4
+        task.prepare(training.Share())
+        task.loss(0, 4, slice(0, 2)).backward()
 
 
 def test_the_flow_error_weighs_noise_levels_and_the_filters_view(as_base, small):

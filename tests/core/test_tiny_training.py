@@ -24,6 +24,17 @@ from tests.tiny_training import contents, in_small, train, train_all
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def models(tmp_path):
+    """The bundled models, with the student in the place of the guided base and of the teacher."""
+    (folder := tmp_path / "models").mkdir()
+    for part in ("text_encoder", "vae"):
+        shutil.copy(weights_path(part), folder)
+    for part in ("guided", "teacher"):
+        shutil.copy(weights_path("student"), folder / f"{part}.safetensors")
+    return folder
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
@@ -148,6 +159,40 @@ def test_a_run_is_never_continued_as_another(tmp_path):
         train("vae", tmp_path, 2)
 
 
+@pytest.mark.parametrize(
+    ("part", "first", "then", "said"),
+    [
+        ("teacher", {}, {"trajectories": 4}, "trajectories 2, now 4"),
+        ("student", {}, {"trajectories": 4}, "trajectories 2, now 4"),
+        ("student", {}, {"early": 2}, "early 0, now 2"),
+        ("student", {"early": 2}, {"early": 0}, "early 2, now 0"),
+    ],
+)
+def test_a_run_is_never_continued_with_other_trajectories(part, first, then, said, models, tmp_path, small):
+    """Begun afresh, it goes on with those that are captured."""
+    how = {"weights": models, "trajectories": 2} | first
+    (path,) = train(part, tmp_path, 1, **how)
+    with safe_open(path, "pt") as file:
+        known = file.metadata()
+    assert known["trajectories"] == "2" and known.get("early", "0") == str(first.get("early", 0))
+    before = contents(tmp_path / "run" / part)
+    assert len(before) == 1 + len(first)
+    with pytest.raises(InvalidValueError, match=rf"state\.pt' was made from something else \({said}\)"):
+        train(part, tmp_path, 2, **how | then)
+    assert contents(tmp_path / "run" / part) == before
+    (tmp_path / "run" / part / "state.pt").unlink()
+    train(part, tmp_path, 1, **how | then)
+    assert contents(tmp_path / "run" / part).items() >= before.items()
+
+
+def test_a_student_that_needs_no_trajectories_goes_on_whatever_their_number(models, tmp_path, small):
+    how = {"weights": models, "start": weights_path("student"), "push": (0.0,) * 5}
+    for steps, count in ((1, 2), (2, 4)):
+        (path,) = train("student", tmp_path, steps, trajectories=count, **how)
+    with safe_open(path, "pt") as file:
+        assert (file.metadata()["trajectories"], file.metadata()["steps"]) == ("0", "2")
+
+
 def test_models_that_were_not_made_for_each_other_are_refused(tmp_path):
     for part in ("student", "text_encoder", "vae"):
         shutil.copy(weights_path(part), tmp_path)
@@ -158,7 +203,7 @@ def test_models_that_were_not_made_for_each_other_are_refused(tmp_path):
         load_tiny("student", folder=tmp_path)
     save_file(state | {"dec_out.bias": state["dec_out.bias"] + 1}, tmp_path / "vae.safetensors")
     load_tiny("student", folder=tmp_path)  # another decoder of the same latents is no fault
-    with pytest.raises(CheckpointError, match="reinstall accvideo"):
+    with pytest.raises(CheckpointError, match="; train it: accvideo tiny train teacher, with that folder as --weights"):
         load_tiny("teacher", folder=tmp_path)
 
 

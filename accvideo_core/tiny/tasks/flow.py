@@ -98,12 +98,13 @@ def cell_coverage(scenes: Scenes) -> Tensor:
 @torch.no_grad()
 def shape_filters(vae: TinyVAE, device: torch.device, count: int = 12, size: int = 256) -> Tensor:
     """(count, 16, 3, 3): unit filters over a latent frame whose answers change most when a scene's shape does and nothing else,
-    beside what they vary between scenes: generalised eigenvectors of the two covariances."""
+    beside what they vary between scenes: generalised eigenvectors of the two covariances. In float64, so on the CPU: MPS has
+    none."""
     scenes = sample_scenes(size, keyed_generator(0, "shape filters", 0))
 
     def patches(shape: Tensor) -> Tensor:
         named = replace(scenes, shape=shape)
-        latents = vae.encode(to_network(paint(named, coverage(named)), device)) * LATENT_SCALE
+        latents = (vae.encode(to_network(paint(named, coverage(named)), device)) * LATENT_SCALE).cpu()
         cells = unfold(rearrange(latents, "b c t h w -> (b t) c h w"), 3, padding=1)
         return rearrange(cells, "b d n -> (b n) d").double()
 
@@ -114,10 +115,10 @@ def shape_filters(vae: TinyVAE, device: torch.device, count: int = 12, size: int
     first, *others = (patches(torch.full_like(scenes.shape, i)) for i in range(len(CLASSES["shape"])))
     pairs = [first - others[0], first - others[1], others[0] - others[1]]
     differ = torch.stack([covariance(p) for p in pairs]).mean(0)
-    vary = covariance(patches(scenes.shape)) + 0.05 * torch.eye(len(differ), dtype=differ.dtype, device=device)
+    vary = covariance(patches(scenes.shape)) + 0.05 * torch.eye(len(differ), dtype=differ.dtype)
     whiten = torch.linalg.inv(torch.linalg.cholesky(vary))
     filters = torch.linalg.eigh(whiten @ differ @ whiten.mT)[1].mT.flip(0)[:count] @ whiten
-    return (filters / filters.norm(dim=1, keepdim=True)).float().unflatten(1, (-1, 3, 3))
+    return (filters / filters.norm(dim=1, keepdim=True)).float().unflatten(1, (-1, 3, 3)).to(device)
 
 
 # Flow error of a trained network by sigma, over its mean in training.
@@ -300,14 +301,15 @@ class TeacherTask:
         from .. import load_tiny, part_hash
 
         self.seed, self.device, self.count = seed, device, count
-        self.made_from = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "guided")}
+        captured = {part: part_hash(part, weights) for part in ("encoder", "text_encoder", "guided")}
+        self.made_from = captured | {"trajectories": str(count)}
         self.guided, self.text, self.vae = load_tiny("guided", device=device, folder=weights)
         self.error = FlowError(self.vae, device)
         self.network = copy.deepcopy(self.guided).requires_grad_(True).train()
         self.model: nn.Module = self.network
         self.matrices = block_matrices(self.network)
         points = range(0, TEACHER_STEPS, self.every)
-        self.capture = Capture(self.guided, self.text, points, True, run, seed, self.made_from, device)
+        self.capture = Capture(self.guided, self.text, points, True, run, seed, captured, device)
         self.sigmas = PRESET.sigmas(TEACHER_STEPS)[list(points)].to(device)
         self.latents: Tensor  # (N, points, 16, 5, 8, 8)
         self.prompts: list[str]
@@ -330,7 +332,7 @@ class TeacherTask:
         return self.error(self.network(noisy, sigma, cond).float() - target, sigma)
 
     def export(self, folder: Path, steps: int) -> list[Path]:
-        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", **self.made_from}
         return [save_weights(folder / "teacher.safetensors", self.network, torch.bfloat16, note)]
 
     def sheet(self, path: Path) -> None:

@@ -90,6 +90,9 @@ class StudentTask:
         points = sorted(key_indices(TEACHER_STEPS, KEYS))
         self.capture = Capture(self.teacher, self.text, points, False, run, seed, captured, device)
         self.dataset = None if dataset is None else self.open(dataset)
+        if self.is_all_its_own():
+            self.count = 0
+        self.made_from |= {"trajectories": str(self.count), "early": str(early)}
         until = list(range(0, self.early_segments * self.early_steps + 1, self.early_steps))
         self.early, self.quick = early, replace(self.capture, points=until, name="early", multistep=KEYS * self.early_steps)
         self.sigmas = key_sigmas(TEACHER_STEPS, KEYS, PRESET.shift).to(device)
@@ -113,9 +116,13 @@ class StudentTask:
         self.made_from["start"] = hashlib.sha256(student.read_bytes()).hexdigest()
         return network
 
+    def is_all_its_own(self) -> bool:
+        """Whether no segment is learned from trajectories."""
+        return all(self.push[k] is not None for k in self.turns)
+
     def prepare(self, share: Share) -> None:
-        if all(self.push[k] is not None for k in self.turns):
-            self.count, self.latents, self.prompts = 0, [torch.empty(0)] * (KEYS + 1), []
+        if self.is_all_its_own():
+            self.latents, self.prompts = [torch.empty(0)] * (KEYS + 1), []
             return
         if self.dataset is None:
             keys, self.prompts, _ = self.capture.all(self.count, share)
@@ -178,8 +185,7 @@ class StudentTask:
         return segment_velocity(latent, clean, *(self.sigmas[k].expand(len(latent)) for k in (segment, segment + 1)))
 
     def export(self, folder: Path, steps: int) -> list[Path]:
-        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", "trajectories": str(self.count), **self.made_from}
-        note |= student_metadata(KEYS) | ({"early": str(self.early)} if self.early else {})
+        note = {"steps": str(steps), "seed": str(self.seed), "family": "tiny", **self.made_from, **student_metadata(KEYS)}
         return [save_weights(folder / "student.safetensors", self.network, torch.bfloat16, note)]
 
     def sheet(self, path: Path) -> None:
