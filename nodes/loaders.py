@@ -19,9 +19,9 @@ log = logging.getLogger("accvideo")
 WEIGHT_DTYPES: dict[str, torch.dtype | None] = {"default": None, "bf16": torch.bfloat16, "fp8_e4m3fn": torch.float8_e4m3fn}
 
 
-def load_student(path: Path, dtype: torch.dtype | None = None) -> tuple[object, str]:
-    """(native MODEL with its family's shift, family) of any weight file `accvideo_core.checkpoint` reads."""
-    weights = StudentWeights(path, dtype)
+def load_student(path: Path, dtype: torch.dtype | None = None, name: str | None = None) -> tuple[object, str]:
+    """(native MODEL with its family's shift, family) of any weight file `accvideo_core.checkpoint` reads, listed as `name`."""
+    weights = StudentWeights(path, dtype, name)
     for note in weights.notes:
         log.info("AccVideo: %s: %s", path.name, note)
     model = bridge.load_model(weights, weights.storage_dtype)
@@ -111,7 +111,7 @@ class AccVideoStudentLoader(io.ComfyNode):
         if weight_dtype not in WEIGHT_DTYPES:
             raise InvalidValueError(f"unknown weight dtype {weight_dtype!r}; choose one of {', '.join(WEIGHT_DTYPES)}")
         check_name(attention)
-        model, _ = load_student(bridge.diffusion_model_path(file), WEIGHT_DTYPES[weight_dtype])
+        model, _ = load_student(bridge.diffusion_model_path(file), WEIGHT_DTYPES[weight_dtype], file)
         model = bridge.with_attention(model, attention)
         return io.NodeOutput(model, ui={"text": [bridge.attention_here(model, attention)]})
 

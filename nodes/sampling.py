@@ -183,7 +183,7 @@ class AccVideoSampler(io.ComfyNode):
         if preset.guidance is not None:
             positive = bridge.with_guidance(positive, guidance)
             negative = None if negative is None else bridge.with_guidance(negative, guidance)
-        solver = bridge.solver(preset.solver)
+        solver = bridge.solver(preset.solver, len(sigmas) - 1)
         bridge.attention_ran(model, again=True)
         result, seconds = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver)
         told = {

@@ -179,7 +179,7 @@ class AccVideoTrajectorySampler(io.ComfyNode):
         seeds = tuple(range(seed, seed + len(samples)))
         noise = make_noise(samples.shape, seeds)
         watch = KeyLatents(steps, keys)
-        solver = bridge.solver("euler", watch)
+        solver = bridge.solver("euler", steps, watch)
         model = bridge.with_shift(model, shift)
         sigmas = torch.tensor(header.sigmas)
         clean, seconds = bridge.sample(model, positive, negative, cfg, latent, samples, seed, sigmas, solver, noise)

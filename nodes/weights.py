@@ -21,14 +21,15 @@ class StudentWeights:
     `student` what it was distilled for, None if nothing says that it is a student.
 
     dtype  what the user wants weights stored as, None for ComfyUI's choice. bf16 restores scaled fp8, others leave it.
+    name   the file as it is listed, with its folders there; None for its own name alone
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype | None = None, name: str | None = None) -> None:
         """Raises CheckpointError, before anything large is read, for a file that is no whole network."""
         self.path, self.source, self._dtype = path, str(path), dtype
         with open_checkpoint(path) as checkpoint:
             self.family, self.notes = checkpoint.family, tuple(checkpoint.notes)
-            self.student = find_student("/".join(path.parts[-2:]), checkpoint.metadata)
+            self.student = find_student(path.name if name is None else name, checkpoint.metadata)
             wanted = dtype is None or dtype in FLOAT8
             self._kept = {key: form for key in checkpoint if wanted and (form := checkpoint.scaled_linear(key)) is not None}
             if not bridge.HOLDS_QUANTISED and len({checkpoint.stored_dtype(key) for key in self._kept}) > 1:

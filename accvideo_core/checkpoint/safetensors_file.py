@@ -36,7 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
-    "U8": torch.uint8,
+    "F8_E8M0": torch.uint8,  # MXFP8's scales, powers of 2: their bytes, for torch 2.6 has no such dtype
+    "U8": torch.uint8,  # after the one before, which is never written
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

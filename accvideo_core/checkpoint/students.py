@@ -29,7 +29,7 @@ def student_metadata(steps: int) -> dict[str, str]:
 def find_student(name: str, metadata: Mapping[str, str]) -> Student | None:
     """What a file, a checkpoint or a LoRA, tells of the student it holds; None if nothing says that it is one.
 
-    name      the file's name, with the folders it is listed under
+    name      the file's name, with the folders it is listed under; not those the list itself lies in, which say nothing of it
     metadata  the file's own; one merged by us names its LoRAs there
     """
     try:

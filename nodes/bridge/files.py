@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import comfy.utils
@@ -17,9 +18,24 @@ def diffusion_model_files() -> list[str]:
     """Names of the weight files in ComfyUI's `diffusion_models` folders: those it lists, and GGUF files and indices of shards."""
     names = folder_paths.get_filename_list("diffusion_models")
     for folder in map(Path, folder_paths.get_folder_paths("diffusion_models")):
-        for pattern in ("*.gguf", "*.safetensors.index.json", "*.bin.index.json"):
-            names = [*names, *(str(path.relative_to(folder)) for path in sorted(folder.rglob(pattern)))]
+        names = [
+            *names,
+            *(str(path.relative_to(folder)) for path in sorted(_files(folder)) if path.name.lower().endswith(_LISTED_TOO)),
+        ]
     return list(dict.fromkeys(names))
+
+
+_LISTED_TOO = (".gguf", ".safetensors.index.json", ".bin.index.json")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below, also in linked folders, as in ComfyUI's own lists; a link to a folder that it lies in is passed over."""
+    above: dict[str, tuple[str, ...]] = {}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        chain = (*above.pop(root, ()), os.path.realpath(root))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(root, name)) not in chain]
+        above |= {os.path.join(root, name): chain for name in folders}
+        yield from (Path(root, name) for name in names)
 
 
 def diffusion_model_path(name: str) -> Path:
@@ -77,14 +93,17 @@ def inside(folder: Path, name: str) -> Path:
 def input_files(suffixes: Iterable[str]) -> list[str]:
     """Names of the files in ComfyUI's input folder that end so, as its lists show them."""
     folder = Path(folder_paths.get_input_directory())
-    paths = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    paths = (path for path in _files(folder) if path.suffix.lower() in suffixes and path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def input_path(name: str) -> Path:
     """Where a file of `input_files` lies; InvalidValueError when there is none of that name."""
     folder = Path(folder_paths.get_input_directory())
-    path = inside(folder, name)
+    given = Path(name)
+    path = folder / given
+    if given.anchor or ".." in given.parts:
+        raise InvalidValueError(f"{name!r} leads out of {folder}; write a name inside it")
     if not path.is_file():
         raise InvalidValueError(f"no file {name!r} in ComfyUI's input folder; put it into {folder} and refresh")
     return path

@@ -125,7 +125,6 @@ def tensor_shapes(model: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[in
     """{name: shape} of a MODEL's network, as this version of ComfyUI names its tensors."""
     network = model.model.diffusion_model
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    for name, tensor in network.named_parameters():
-        if hasattr(tensor, "tensor_shape"):  # ComfyUI-GGUF's: its state_dict has the shape of the quantised blocks
-            shapes[name] = tuple(tensor.tensor_shape)
+    for name, tensor in network.named_parameters():  # the state_dict has quantised ones as they are packed
+        shapes[name] = tuple(getattr(tensor, "tensor_shape", tensor.shape))  # ComfyUI-GGUF has the first
     return shapes

@@ -67,16 +67,21 @@ def with_patches(model: comfy.model_patcher.ModelPatcher, patches: Iterable[Patc
     """
     clone = model.clone()
     passed_over = _parameters_beside_modules(model.model.diffusion_model)
-    rounds: list[tuple[float, dict[Any, Any]]] = []  # ComfyUI takes a strength and a dict, so a key only once at a time
+    # ComfyUI takes a strength and a dict, so a key only once at a time, and every time goes through the whole network. Each
+    # patch goes into the first round of its strength that keeps the order on its tensor; tensors do not mind one another.
+    rounds: list[tuple[float, dict[Any, Any]]] = []
+    latest: dict[str, int] = {}
     for name, rows, patch, strength in patches:
         key = f"diffusion_model.{name}"
         if name in passed_over:
             _replace_parameter(clone, key, (strength, patch, 1.0, None if rows is None else (0, *rows), None))
             continue
         place = key if rows is None else (key, (0, *rows))
-        if not rounds or rounds[-1][0] != strength or place in rounds[-1][1]:
+        fits = (i for i in range(latest.get(name, 0), len(rounds)) if rounds[i][0] == strength and place not in rounds[i][1])
+        latest[name] = next(fits, len(rounds))
+        if latest[name] == len(rounds):
             rounds.append((strength, {}))
-        rounds[-1][1][place] = patch
+        rounds[latest[name]][1][place] = patch
     for strength, places in rounds:
         if missing := set(places) - set(clone.add_patches(places, strength)):
             raise InvalidValueError(

@@ -66,10 +66,10 @@ class _Timed(comfy.samplers.Sampler):
         return result
 
 
-def solver(name: str, *observers: Observer) -> comfy.samplers.Sampler:
-    """The native SAMPLER for a preset's solver; Euler steps are shown to observers. Wan's authors run a UniPC; ComfyUI's own
-    ("bh2") is near it, not equal."""
-    if name == "euler":
+def solver(name: str, steps: int, *observers: Observer) -> comfy.samplers.Sampler:
+    """The native SAMPLER for a preset's solver in so many steps; Euler steps are shown to observers. Wan's authors run a UniPC;
+    ComfyUI's own ("bh2") is near it, not equal. In one step it would hand back the noise; a UniPC's first is an Euler step."""
+    if name == "euler" or (name == "uni_pc" and steps == 1):
         return comfy.samplers.KSAMPLER(_sample_euler_flow, extra_options={"observers": observers})
     if name == "uni_pc" and not observers:
         return comfy.samplers.sampler_object("uni_pc_bh2")

@@ -16,6 +16,7 @@ from comfy_api.latest import InputImpl
 from ...accvideo_core.checkpoint.fingerprint import fingerprint
 from ...accvideo_core.checkpoint.layouts import COMFYUI_NATIVE
 from ...accvideo_core.errors import InvalidValueError
+from .alterations import alterations
 from .attention import override_of
 from .models import model_kind
 
@@ -24,9 +25,15 @@ log = logging.getLogger("accvideo")
 
 def teacher_fingerprint(model: comfy.model_patcher.ModelPatcher) -> str:
     """`checkpoint.fingerprint` of a MODEL's weights, the same as of the file it was loaded from, in the same dtype. One with
-    patches (LoRA, ...) has another, which hangs on them too."""
-    if found := [name for name in ("model_function_wrapper", "sampler_cfg_function") if name in model.model_options]:
-        log.warning("AccVideo: the model has a %s, which its fingerprint does not see", " and a ".join(found))
+    patches (LoRA, ...) has another, which hangs on them too.
+
+    Raises InvalidValueError for a model with what changes its output and no fingerprint sees (EasyCache, functions after cfg).
+    """
+    if found := alterations(model):
+        raise InvalidValueError(
+            f"the model carries {', '.join(found)}: this changes what it makes, which the dataset's fingerprint of the teacher "
+            "does not see; connect the teacher without the nodes that put that on it"
+        )
     if (kernel := getattr(override_of(model), "kernel", None)) is not None and kernel.lossy:
         log.warning("AccVideo: the model attends by %s (%s), which its fingerprint does not see", kernel.name, kernel.quality)
     return fingerprint(_teacher_tensors(model))
@@ -78,10 +85,10 @@ def plain_text(conditioning: list, name: str) -> tuple[torch.Tensor, torch.Tenso
 
     Raises InvalidValueError for one that is more than a prompt: several texts, areas, pictures, hooks, time ranges.
     """
-    if len(conditioning) != 1 or conditioning[0][0].shape[0] != 1:
-        raise InvalidValueError(
-            f"the {name} conditioning has {len(conditioning)} parts; a trajectory has one prompt, so connect a CLIP Text Encode"
-        )
+    texts = conditioning[0][0].shape[0] if len(conditioning) == 1 else 0
+    if texts != 1:
+        held = f"is a batch of {texts} texts" if texts else f"has {len(conditioning)} parts"
+        raise InvalidValueError(f"the {name} conditioning {held}; a trajectory has one prompt, so connect a CLIP Text Encode")
     text, extra = conditioning[0]
     if beside := sorted(key for key, value in extra.items() if key not in _PLAIN and value is not None):
         raise InvalidValueError(

@@ -361,6 +361,12 @@ def _student_as_teacher(kit: Kit) -> str:
     return kit.refusal(prompt)
 
 
+def _teacher_with_easycache(kit: Kit) -> str:
+    settings = dict(reuse_threshold=0.2, start_percent=0.15, end_percent=0.95, verbose=False)
+    prompt = capturing("mistakes", {"model": ["easy", 0]})
+    return kit.refusal(prompt | {"easy": node("EasyCache", model=["models", 0], **settings)})
+
+
 def _another_teacher(kit: Kit) -> str:
     kit.server.run(capturing("mistakes"))
     prompt = capturing("mistakes", {"model": ["apply", 0], "seed": 4})
@@ -389,6 +395,7 @@ def _sample(kit: Kit) -> str:
 
 SYNVID: dict[str, Make] = {
     "A student where the teacher belongs": _student_as_teacher,
+    "A teacher with EasyCache on it": _teacher_with_easycache,
     "Another teacher's trajectories into the same dataset": _another_teacher,
     "Another schedule into the same dataset": _another_schedule,
     "Keys that do not divide the steps": lambda kit: _capture(kit, {"steps": 7}),

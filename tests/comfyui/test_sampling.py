@@ -261,6 +261,25 @@ def test_a_wan_model_is_sampled_with_comfyuis_unipc(server: Server) -> None:
         server.latents(prompt, ["4", 0])
 
 
+def test_one_step_of_a_wan_model_is_an_euler_step(server: Server) -> None:
+    """A UniPC of order 1 is; ComfyUI's own hands back the noise. Also where the step is the end of a longer schedule."""
+    small_wan(server.base / "models" / "diffusion_models" / "wan.safetensors")
+    for denoise in (1.0, 0.5):
+        given = dict(family="wan-t2v-14b", steps=1, shift=5.0, guidance=None, denoise=denoise)
+        prompt = tiny_prompt(model=["wan", 0], positive=["text", 0], **given) | {
+            "wan": node("UNETLoader", unet_name="wan.safetensors", weight_dtype="default"),
+            "shifted": node("ModelSamplingSD3", model=["wan", 0], shift=5.0),
+            "text": node("AccVideoTestText", width=4096),
+            "native": node(
+                "KSampler",
+                **dict(model=["shifted", 0], positive=["text", 0], negative=["text", 0], latent_image=["3", 0], denoise=denoise),
+                **dict(seed=1, steps=1, cfg=1.0, sampler_name="euler", scheduler="simple"),
+            ),
+        }
+        ours, native = both(server, prompt)
+        assert relative_error(ours, native) < FAINT
+
+
 def test_a_family_that_is_not_the_models_is_said(server: Server) -> None:
     server.latents(tiny_prompt(family="wan-t2v-14b"), ["4", 0])
     assert "family wan-t2v-14b is chosen for a HunyuanVideo model" in server.console()

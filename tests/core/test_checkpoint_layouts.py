@@ -194,6 +194,18 @@ class TestScaled:
         assert "img_in.proj.weight" in message
         assert isinstance(settings, list) or not settings or settings["format"] in message
 
+    def test_mxfp8_is_named_and_not_called_damaged(self, tmp_path):
+        """Its scales are of a dtype that no other file has."""
+        state, module = random_state(HUNYUAN), "double_blocks.0.img_mlp.fc1"
+        weight = state[f"{module}.weight"] = state[f"{module}.weight"].to(torch.float8_e4m3fn)
+        scales = torch.full((len(weight), weight.shape[1] // 32), 127, dtype=torch.uint8)
+        state[f"{module}.weight_scale"] = scales.view(torch.float8_e8m0fnu)
+        state[f"{module}.comfy_quant"] = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
+        save_file(state, tmp_path / "f")
+        message = error_of(tmp_path / "f")
+        assert f"{module}.weight is quantised as 'mxfp8', which cannot be read; use a file in" in message
+        assert "damaged" not in message
+
     def test_a_weight_that_is_not_what_its_settings_say(self, tmp_path):
         state = random_state(HUNYUAN)
         settings = json.dumps({"format": "float8_e4m3fn"}).encode()
