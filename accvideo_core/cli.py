@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, TextIO
 
 from . import __version__
@@ -49,7 +49,7 @@ COMMANDS = {
     "convert": Command("checkpoint.convert", "ConvertArgs", "a checkpoint in another layout or dtype"),
     "tiny prompts": Command("studies.plans", "PlanArgs", "prompts of the tiny world, to capture from and to judge by"),
     "tiny judge": Command("studies.judge", "JudgeArgs", "which captured trajectories of the tiny world are right"),
-    "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, teacher, student"),
+    "tiny train": Command("tiny.training", "TrainArgs", "train the bundled models: vae, base, guided, teacher, student, decoder"),
 }
 
 
@@ -83,10 +83,14 @@ def _dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
+    longer = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if longer and words[1:2] in (["-h"], ["--help"]):
+        print(_help(longer))
+        return 0
     for length in (2, 1):
         if (name := " ".join(words[:length])) in COMMANDS:
             return _run(name, words[length:])
-    _say("error", _unknown(words[0]))
+    _say("error", _unknown(words[0], longer))
     return 2
 
 
@@ -130,8 +134,8 @@ def _say(kind: str, message: object) -> None:
     print(f"accvideo: {kind}:", " ".join(str(message).split()), file=sys.stderr)
 
 
-def _unknown(word: str) -> str:
-    if longer := [name for name in COMMANDS if name.startswith(f"{word} ")]:
+def _unknown(word: str, longer: Sequence[str]) -> str:
+    if longer:
         return f"{word!r} is only the first word of a command; choose: {', '.join(longer)}"
     near = difflib.get_close_matches(word, COMMANDS, n=1)
     return (
@@ -139,9 +143,9 @@ def _unknown(word: str) -> str:
     )
 
 
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+def _help(names: Collection[str] = COMMANDS) -> str:
+    width = max(map(len, names))
+    listed = "\n".join(f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names)
     return (
         "usage: accvideo COMMAND [options]\n\n"
         "Few-step video generation by distilling a teacher on its own denoising trajectories.\n\n"

@@ -169,6 +169,8 @@ class AccVideoTrajectorySampler(io.ComfyNode):
             negative=negative_prompt if cfg != 1 else None,
         )
         text, pooled = bridge.plain_text(positive, "positive")
+        if cfg != 1:
+            bridge.plain_text(negative, "negative")  # of which the dataset holds the prompt alone
         for name, conditioning in (("positive", positive), ("negative", negative)):
             if conditioning is not None:
                 bridge.check_conditioning(model, conditioning, name)

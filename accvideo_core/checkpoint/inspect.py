@@ -37,7 +37,8 @@ class InspectArgs:
     """Say what a weight file is and what is wrong with it. Exit code 1 if anything is."""
 
     file: tyro.conf.Positional[Path]
-    """The weights: safetensors, PyTorch's .pt, GGUF, an index of shards or a diffusers folder, in any naming; or a LoRA."""
+    """The weights: safetensors, PyTorch's .pt, GGUF, an index of shards or a diffusers folder, in any naming; or a LoRA, or a
+    SynVid dataset."""
     self_check: bool = False
     """Also read every value and look for NaN, infinities and tensors that are all zero (reads the whole file)."""
     step: bool = False

@@ -146,6 +146,7 @@ def test_a_teacher_is_known_by_its_weights_and_patches(server: Server) -> None:
         ({"family": "wan-t2v-14b", "cfg": 1.0}, {}, "family wan-t2v-14b is chosen for a HunyuanVideo model"),
         ({"family": "nobody"}, {}, "unknown model family 'nobody'"),
         ({"positive": ["two", 0]}, {}, "the positive conditioning has 2 parts; a trajectory has one prompt"),
+        ({"cfg": 5.0, "negative": ["two", 0]}, {}, "the negative conditioning has 2 parts"),
         ({"positive": ["timed", 0]}, {}, "carries end_percent, start_percent, which a SynVid dataset does not hold"),
         ({"latent": ["masked", 0]}, {}, "the latent has a noise mask"),
         ({}, {"dataset": "/tmp/elsewhere"}, "'/tmp/elsewhere' is in none of"),

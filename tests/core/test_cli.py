@@ -110,6 +110,12 @@ def test_wrong_usage_is_code_2_on_stderr(wing, capsys: pytest.CaptureFixture[str
     assert out == "" and "accvideo wing --help" in err
 
 
+def test_help_of_a_first_word_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tiny", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert "  tiny train    train the bundled models" in said and "merge-lora" not in said
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
