@@ -263,7 +263,7 @@ warm, in which each came
 after every other; the disk
 gives 0.4 to 1.1 GB/s as it likes. Warm and mapped, nothing is read: AccVideo takes about 10 ms longer to check every name,
 shape and
-offset, which is less than what the system's page tables make the same load vary by. Copying takes half of safetensors' memory;
+offset, which is less than the same load varies by from run to run. Copying takes half of safetensors' memory;
 1.0 is within both intervals of its time.
 
 Streaming all {stream["bytes"] / 1e9:.1f} GB of the 13 B model key by key: {stream["seconds"]:.1f} s, peak RSS
