@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import warnings
@@ -25,6 +26,7 @@ from accvideo_core.synvid import Header, SynVidDataset
 from accvideo_core.synvid.verdicts import Verdict, digest, read_verdicts, write_verdicts
 from accvideo_core.tiny import part_hash, weights_folder
 from accvideo_core.tiny.share import Share
+from accvideo_core.tiny.tasks import flow
 from accvideo_core.tiny.tasks.student import StudentTask
 from tests.distill_data import EXPORTABLE, network
 from tests.synvid_data import HEADER, dataset, latent_files
@@ -91,7 +93,10 @@ def test_from_prompts_to_a_student_of_the_tiny_world(
     assert "iteration 1/1  trajectory 0." in capsys.readouterr().out
 
 
-def test_the_tiny_student_learns_from_a_dataset_too(tiny_captured: Path, tmp_path: Path) -> None:
+def test_the_tiny_student_learns_from_a_dataset_too(tiny_captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        flow, "shape_filters", functools.partial(flow.shape_filters, size=16)
+    )  # quick; how well they see is tested
     weights, data = tmp_path / "weights", SynVidDataset(tiny_captured)
     shutil.copytree(weights_folder(), weights)
     line = f"tiny train student --dataset {tiny_captured} --steps 1 --batch 2 --run {tmp_path / 'run'} --weights {weights}"
