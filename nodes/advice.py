@@ -19,18 +19,25 @@ class MadeFor:
 
 
 def advice(
-    made_for: MadeFor | None, preset: Preset, kind: str, steps: int, shift: float, cfg: float, denoise: float
+    made_for: MadeFor | None,
+    preset: Preset,
+    kind: str,
+    steps: int,
+    shift: float,
+    guidance: float | None,
+    cfg: float,
+    denoise: float,
 ) -> list[dict[str, Any]]:
     """What to warn of, each as {about, text} and the numbers in the text; empty when all is as it was meant.
 
     kind  ComfyUI's name of the model's architecture
     """
     told: list[dict[str, Any]] = []
+    family = preset.family
 
     def warn(about: str, text: str, **numbers: Any) -> None:
         told.append({"about": about, "text": text, **numbers})
 
-    family = preset.family
     if not kind.startswith(ARCHITECTURES[family.split("-")[0]]):
         text = f"family {family} is chosen for a {kind} model, whose schedule and solver differ; choose the model's own family"
         warn("family", text, family=family, kind=kind)
@@ -49,4 +56,12 @@ def advice(
     elif made_for is not None and denoise == 1 and 2 * steps < (own := made_for.steps or preset.teacher_steps):
         text = f"this is a teacher, made for {own} steps, and is sampled in {steps}; set steps to {own}, or load its student"
         warn("teacher", text, own=own, steps=steps)
+    if family == "tiny" and guidance != preset.guidance:
+        own = preset.guidance
+        warn(
+            "guidance",
+            f"the tiny models know guidance {own:g} alone, not {guidance:g}; set it to {own:g}",
+            own=own,
+            guidance=guidance,
+        )
     return told

@@ -172,7 +172,7 @@ class AccVideoSampler(io.ComfyNode):
             raise InvalidValueError(f"cfg is {cfg:g} but no negative is connected; connect one, or set cfg to 1")
         shift = preset.shift if shift is None else shift
         count = preset.steps if steps is None else steps
-        warnings = advice(bridge.noted(model), preset, bridge.model_kind(model), count, shift, cfg, denoise)
+        warnings = advice(bridge.noted(model), preset, bridge.model_kind(model), count, shift, guidance, cfg, denoise)
         for warning in warnings:
             log.warning("AccVideo: %s", warning["text"])
         model = bridge.with_shift(model, shift)

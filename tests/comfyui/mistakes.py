@@ -259,6 +259,7 @@ WARNINGS: dict[str, Make] = {
     "A student at 3 steps": sampling_warned(steps=3),
     "A student with cfg": sampling_warned(cfg=3.0, negative=["2", 0]),
     "A student at another shift": sampling_warned(shift=3.0),
+    "The tiny models with another guidance": sampling_warned(guidance=8.0),
     "A teacher at a student's 5 steps": sampling_warned("teacher"),
 }
 

@@ -30,6 +30,7 @@ const CHINESE_WARNINGS = {
   steps: (w) => `该学生模型为 ${w.own} 步蒸馏，现以 ${w.steps} 步采样；请将步数设为 ${w.own}`,
   shift: (w) => `该学生模型按 shift ${w.own} 蒸馏，现为 ${w.shift}；请将 shift 设为 ${w.own}`,
   cfg: (w) => `cfg 为 ${w.cfg}，而学生模型不需要：耗时加倍，颜色过硬；请将 cfg 设为 1`,
+  guidance: (w) => `微型模型只用引导 ${w.own} 训练过，现为 ${w.guidance}；请设为 ${w.own}`,
   teacher: (w) => `这是教师模型，需要 ${w.own} 步，现以 ${w.steps} 步采样；请将步数设为 ${w.own}，或加载其学生模型`,
 };
 
