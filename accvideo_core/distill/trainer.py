@@ -355,13 +355,7 @@ class Trainer:
         run, OutputError where the disk refuses. Checkpoints stay whole.
         """
         with explained(self.config, self.world):
-            begun = self.resume()
-            if begun > self.config.iterations:
-                raise InvalidValueError(
-                    f"{str(self.folder)!r} has done {begun} iterations and iterations is {self.config.iterations}; set it to "
-                    f"{begun} or more, or choose another folder"
-                )
-            for iteration in range(begun, self.config.iterations):
+            for iteration in range(self.resume(), self.config.iterations):
                 start, done, last = time.perf_counter(), iteration + 1, iteration + 1 == self.config.iterations
                 self.scalars.clear()
                 self.iteration(iteration)
@@ -440,7 +434,7 @@ class Trainer:
 
     def resume(self) -> int:
         """Iterations done: those of the folder's newest checkpoint, now restored, or 0. InvalidValueError, before anything is
-        written, if the folder is of a run with another configuration or other data."""
+        written, if the folder is of a run with another configuration or other data, or of one that has done more."""
         if self.folder is None:
             return 0
         path, newest = self.folder / "config.json", state.newest(self.folder / "checkpoints")
@@ -449,6 +443,12 @@ class Trainer:
             check_same_run(path, told)
         elif newest is not None:
             raise TrainingError(f"{str(self.folder)!r} has checkpoints but no config.json; choose another folder")
+        done = 0 if newest is None else state.step_of(newest)
+        if done > self.config.iterations:
+            raise InvalidValueError(
+                f"{str(self.folder)!r} has done {done} iterations and iterations is {self.config.iterations}; set it to {done} "
+                "or more, or choose another folder"
+            )
         self.world.barrier()  # all have read it before one writes it
         if self.world.is_main:
             with atomic_path(path) as temporary:
@@ -460,7 +460,7 @@ class Trainer:
         self.health.restore(extra["health"])
         if self.config.keep_queues:
             self.queues.restore(state.read(newest, "queues"), self.rows, self.world.device)
-        return state.step_of(newest)
+        return done
 
     def export(self, path: Path, done: int) -> None:
         """The averaged student as one safetensors in interchange names; of a LoRA student the LoRA alone."""

@@ -94,9 +94,7 @@ def test_from_prompts_to_a_student_of_the_tiny_world(
 
 
 def test_the_tiny_student_learns_from_a_dataset_too(tiny_captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        flow, "shape_filters", functools.partial(flow.shape_filters, size=16)
-    )  # quick; how well they see is tested
+    monkeypatch.setattr(flow, "shape_filters", functools.partial(flow.shape_filters, size=16))  # quick
     weights, data = tmp_path / "weights", SynVidDataset(tiny_captured)
     shutil.copytree(weights_folder(), weights)
     line = f"tiny train student --dataset {tiny_captured} --steps 1 --batch 2 --run {tmp_path / 'run'} --weights {weights}"
