@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from .checkpoint import holds_lora
 from .checkpoint.inspect import InspectArgs as CheckpointArgs
 from .checkpoint.inspect import run as inspect_checkpoint
-from .errors import InvalidValueError
+from .errors import InvalidValueError, SynVidError
 from .files import check_writable
 
 
@@ -25,7 +26,7 @@ class InspectArgs(CheckpointArgs):
     sheet: Path | None = None
     """Of a SynVid dataset: write a contact sheet of one trajectory, noise to clean, with a plot of its norm and steps (PNG)."""
     sample: str | None = None
-    """The sample --sheet shows, by id; default the first."""
+    """The sample --sheet shows, by id; default the first that is whole."""
 
 
 def run(args: InspectArgs) -> int:
@@ -45,7 +46,7 @@ def run(args: InspectArgs) -> int:
 
 def _inspect_dataset(args: InspectArgs) -> int:
     from .progress import byte_progress
-    from .synvid import SynVidStore
+    from .synvid import SynVidReader, SynVidStore
     from .synvid.inspect import describe
 
     if args.step or args.self_check or args.weights:
@@ -54,23 +55,28 @@ def _inspect_dataset(args: InspectArgs) -> int:
         raise InvalidValueError("--withdraw takes back what --verify finds damaged; give both")
     if args.sheet is not None:
         check_writable(args.sheet)
+    if args.sample is not None:
+        SynVidReader(args.file).sample(args.sample)
     if args.verify:
         with byte_progress("verifying") as progress:
             report = describe(args.file, True, progress)
     else:
         report = describe(args.file)
-    damaged = report.pop("damaged files")
+    damaged, unsound = report.pop("damaged files"), report.pop("damaged samples")
     if args.withdraw:
         store = SynVidStore(args.file)
         for file in damaged:
             store.withdraw(file)
         report["withdrawn"] = damaged
     if args.sheet is not None:
-        report["sheet"] = _write_sheet(args)
+        try:
+            report["sheet"] = _write_sheet(args, unsound)
+        except SynVidError as error:
+            report["problems"].append(f"no sheet: {error}")
     return _print(report, args.json)
 
 
-def _write_sheet(args: InspectArgs) -> dict[str, Any]:
+def _write_sheet(args: InspectArgs, unsound: Collection[str]) -> dict[str, Any]:
     """Decoded by the tiny world's VAE where the latents are its own, else the latents themselves."""
     from .media import write_png
     from .synvid import SynVidReader
@@ -81,7 +87,7 @@ def _write_sheet(args: InspectArgs) -> dict[str, Any]:
     samples = reader.samples()
     if not samples:
         raise InvalidValueError(f"{args.file} holds no samples yet, so there is no trajectory to show")
-    sample = reader.sample(args.sample or next(iter(samples)))
+    sample = reader.sample(args.sample or next((name for name in samples if name not in unsound), next(iter(samples))))
     keys = reader.read_keys(sample, range(reader.header.segments + 1))
     decode: Decode | None = None
     if reader.header.family == "tiny":

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..accvideo_core.errors import AccVideoError, AccVideoWarning, InvalidValueError
 from ..accvideo_core.synvid.plan import Plan
 from ..accvideo_core.synvid.prompts import FORMATS, Prompt, read_prompts
-from ..accvideo_core.synvid.wanted import own_seed, wanted_samples
+from ..accvideo_core.synvid.wanted import lacking, own_seed, put_into, wanted_samples
 from . import bridge
 from .loaders import file_state
 
@@ -150,7 +150,7 @@ class AccVideoPlanWriter(io.ComfyNode):
         path = Path(bridge.synvid_path(name))
         samples = wanted_samples(prompts_of(file), shape, seeds, seed)
         plan = Plan(path, create=True)
-        todo = [sample for sample in samples if sample.id not in plan.items]
+        todo, before = lacking(plan, samples, shape), len(plan.items)
         show, faults = bridge.progress_bar(max(len(todo), 1)), []
         encoded: dict[str, tuple[Any, Any]] = {}
         for done, sample in enumerate(todo):
@@ -162,8 +162,8 @@ class AccVideoPlanWriter(io.ComfyNode):
             except AccVideoError as error:
                 faults.append(f"left out: {error}")
                 continue
-            plan.add(sample.prompt, *encoded[sample.prompt], sample.seed, shape, sample.id)
+            put_into(plan, sample, shape, *encoded[sample.prompt])
         sizes = "x".join(map(str, shape))
-        added = len(todo) - len(faults)
+        added = len(plan.items) - before
         report = "\n".join([f"{path}: {len(plan.items)} samples, {added} of them new, latents {sizes}", *faults])
         return io.NodeOutput(str(path), report, ui={"text": [report]})

@@ -24,7 +24,7 @@ from ..errors import InvalidValueError
 from ..lora.streaming import sha256_of
 from ..schedule import get_preset
 from ..synvid import Header, SynVidStore
-from ..synvid.capture import capture, leave_together, my_share
+from ..synvid.capture import capture, leave_together, my_share, restore_texts
 from ..synvid.plan import Plan
 from ..synvid.reader import HEADER
 from .models import BUNDLED, Precision, find_network, load_network
@@ -104,7 +104,10 @@ def run(args: CaptureArgs) -> int:
     )
     encoded = None if negative is None else plan.text(plan.negatives[negative])
     store = SynVidStore(args.out, header)
-    items, rank = my_share(plan, store), int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 and (restored := restore_texts(plan, store)):
+        print(f"{restored} encodings that {args.out} had lost are there again", file=sys.stderr)
+    items, captured = my_share(plan, store), 0
     for text in [plan.text(items[0].text), encoded] if items else []:
         if text is not None:
             adapter.check_text(network, *text)
@@ -113,16 +116,19 @@ def run(args: CaptureArgs) -> int:
     with tqdm(total=len(items), desc="capturing", unit="trajectory", smoothing=0, disable=quiet, leave=False) as bar:
 
         def progress(count: int) -> None:
+            nonlocal captured
+            captured += count
             bar.update(count)
 
         faults = capture(run_network, plan, items, store, args.batch, device, progress, adapter.conditioning, encoded)
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
-    captured = len(items) - len(faults)
+    elsewhere = len(items) - len(faults) - captured
     if args.json:
         print(json_module.dumps({"dataset": str(args.out), "rank": rank, "captured": captured, "left_out": faults}))
     else:
-        print(f"{args.out}: {captured} trajectories captured by process {rank}, {len(faults)} left out")
+        others = f", {elsewhere} by others meanwhile" if elsewhere else ""
+        print(f"{args.out}: {captured} trajectories captured by process {rank}{others}, {len(faults)} left out")
     leave_together()
     return 1 if faults else 0
 

@@ -16,7 +16,7 @@ from ..devices import pick_device
 from ..errors import PromptError
 from ..synvid.plan import Plan
 from ..synvid.prompts import read_prompts
-from ..synvid.wanted import wanted_samples
+from ..synvid.wanted import lacking, put_into, wanted_samples
 from ..tiny.pipeline import latent_shape
 from .models import BUNDLED, SIZES, Precision, load_text, text_family
 
@@ -58,7 +58,7 @@ def run(args: EncodeArgs) -> int:
     given = (args.frames, args.height, args.width)
     shape = latent_shape(*(own if own is not None else usual for own, usual in zip(given, size, strict=False)))
     prompts, plan = read_prompts(args.prompts), Plan(args.out, create=True)
-    wanted = [it for it in wanted_samples(prompts, shape, args.seeds, args.seed) if it.id not in plan.items]
+    wanted, before = lacking(plan, wanted_samples(prompts, shape, args.seeds, args.seed), shape), len(plan.items)
     new_negative = args.negative is not None and args.negative not in plan.negatives
     encoder = load_text(args.text_encoder, pick_device(args.device), args.dtype) if wanted or new_negative else None
     if encoder is not None and args.negative is not None and new_negative:
@@ -73,13 +73,16 @@ def run(args: EncodeArgs) -> int:
         except PromptError as error:
             faults.append(str(error))
             continue
-        plan.add(it.prompt, *encoded[it.prompt], it.seed, shape, it.id)
-    added = len(wanted) - len(faults)
+        put_into(plan, it, shape, *encoded[it.prompt])
+    added = len(plan.items) - before
+    restored = len(wanted) - len(faults) - added
     for fault in faults:
         print(f"left out: {fault}", file=sys.stderr)
     if args.json:
-        print(json_module.dumps({"plan": str(args.out), "samples": len(plan.items), "added": added, "left_out": faults}))
+        told = {"plan": str(args.out), "samples": len(plan.items), "added": added, "restored": restored, "left_out": faults}
+        print(json_module.dumps(told))
     else:
         sizes = "x".join(map(str, shape))
-        print(f"{args.out}: {len(plan.items)} samples, {added} of them new, latents {sizes}, {len(faults)} left out")
+        again = f", {restored} encoded again, whose encoding was lost" if restored else ""
+        print(f"{args.out}: {len(plan.items)} samples, {added} of them new{again}, latents {sizes}, {len(faults)} left out")
     return 1 if faults else 0

@@ -111,10 +111,14 @@ def run(args: GenerateArgs) -> int:
     steps = (preset.teacher_steps if args.teacher else preset.steps) if args.steps is None else args.steps
     sigmas, noise = preset.sigmas(steps, args.shift), make_noise((1, *shape), [args.seed])
     check_writable(args.out)
+    if args.out.suffix.lower() != ".mp4":
+        raise InvalidValueError(f"the output {str(args.out)!r} is no .mp4, which is what is written; name it so")
     timed = Stopwatch(device)
     vae = timed("loading VAE", lambda: load_vae(args.vae, device))
     text = _encode(args, timed)
     latent, kernel = _sample(args, file, family, text, noise, sigmas, timed)
+    if not latent.isfinite().all():
+        raise InvalidValueError("the network's latent holds values that are not finite; choose another --dtype")
     frames = timed("vae", lambda: vae.decode(latent[0]))
     model = f"tiny-{which}" if args.student == BUNDLED else file.name
     recipe = {"prompt": args.prompt, "model": model, "steps": steps, "seed": args.seed, "accvideo": __version__}

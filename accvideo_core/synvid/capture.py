@@ -5,6 +5,7 @@ Sampling never waits on the disk: latents leave the device on a stream of their 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections import deque
@@ -22,9 +23,12 @@ from ..dit import Conditioning
 from ..errors import InvalidValueError, SynVidError
 from ..sampling import Step, Velocity, euler_flow, make_noise
 from ..schedule import key_indices
-from .manifest import SampleInfo
+from .folder import Folder
+from .manifest import Sample, SampleInfo, check_same, union
 from .plan import Plan, PlanItem
+from .reader import SynVidReader
 from .store import SynVidStore
+from .texts import names_there
 
 WAITING = 2  # batches that may wait for the disk; then sampling does, too, instead of filling the memory
 MAX_FAULTS = 10  # samples that may fail before a capture gives up
@@ -120,7 +124,8 @@ def capture(
     progress   called with the number of samples just committed
     condition  makes the conditioning of a batch's texts; by default HunyuanVideo's
     negative   encoding of the header's negative prompt, for a cfg other than 1; it is stored in the dataset, too
-    Returns what was wrong with the samples that had to be left out, a sentence each that names one: NaN, or beyond float16.
+    Returns what was wrong with the samples that had to be left out, a sentence each that names one: NaN, or beyond float16, or
+    an encoding that cannot be read. What other processes capture into the dataset meanwhile is not captured again.
     Raises SynVidError once there are more than 10 of those, OutputError where the disk refuses; what was committed stays.
     """
     if batch < 1:
@@ -147,14 +152,59 @@ def capture(
             if len(faults) > MAX_FAULTS:
                 raise SynVidError(f"{len(faults)} trajectories could not be stored, so the capture gives up; {'; '.join(faults)}")
 
+    order, others = list(reversed(items)), _Others(store)
     with ThreadPoolExecutor(1, "synvid-writer") as writer:  # leaving waits for what is being written
-        for group in batches(items, batch):
-            texts = [plan.text(item.text) for item in group]
+        for coming in batches((order.pop() for _ in items), batch):
+            if others.are_at_work():
+                order.sort(key=lambda item: hashlib.sha256(f"{store.writer} {item.id}".encode()).digest())  # not side by side
+            group, texts = _readable(plan, others.leave(coming), faults)
+            if not group:
+                continue
             keys, noise, seconds = trajectory(network, condition, store, texts, negative, group, device)
             settle(WAITING - 1)
             pending.append((len(group), writer.submit(_write, store, keys, noise, group, texts, seconds / len(group))))
         settle(0)
     return faults
+
+
+class _Others:
+    """Other processes that capture into the same dataset meanwhile, without knowing of this one."""
+
+    def __init__(self, store: SynVidStore) -> None:
+        self._reader = SynVidReader(store.path)  # one of its own: the store is the writing thread's
+        self._own = f"manifest/{store.writer}.jsonl"
+        self._sizes = self._others()
+        self._before = self._samples()
+        self._now = self._before
+
+    def are_at_work(self) -> bool:
+        """Whether they have committed anything since this was last asked."""
+        sizes, before = self._others(), self._sizes
+        if sizes == before:
+            return False
+        self._sizes, self._now = sizes, self._samples()
+        return True
+
+    def leave(self, items: Sequence[PlanItem]) -> list[PlanItem]:
+        """Those that they have not captured since the beginning."""
+        return [item for item in items if self._now.get(item.id) in (None, self._before.get(item.id))]
+
+    def _others(self) -> dict[str, int]:
+        return {name: size for name, size in self._reader.folder.sizes("manifest").items() if name != self._own}
+
+    def _samples(self) -> dict[str, Sample]:
+        return union(self._reader.entries()[0])
+
+
+def _readable(plan: Plan, items: Sequence[PlanItem], faults: list[str]) -> tuple[list[PlanItem], list[Encoding]]:
+    """The items whose encodings can be read, with these; what is wrong with the others goes to `faults`."""
+    found: list[tuple[PlanItem, Encoding]] = []
+    for item in items:
+        try:
+            found.append((item, plan.text(item.text)))
+        except SynVidError as error:
+            faults.append(f"sample {item.id}: {error}")
+    return [item for item, _ in found], [text for _, text in found]
 
 
 @torch.inference_mode()
@@ -236,10 +286,13 @@ def batches(items: Iterable[PlanItem], size: int) -> Iterator[list[PlanItem]]:
 def my_share(plan: Plan, store: SynVidStore) -> list[PlanItem]:
     """What this process is to capture of what the dataset lacks: every size-th sample, of the `size` processes torchrun started.
 
-    The first process looks at the dataset and tells the others, so that all divide the same list, whoever comes late.
+    The first process looks at the dataset and tells the others, so that all divide the same list, whoever comes late. SynVidError
+    for an id that the dataset has for another sample.
     """
     ids = list(plan.items)
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if rank == 0:
+        _check_same_samples(plan, store)
     if size == 1:
         return [plan.items[name] for name in store.missing(ids)]
     wanted = torch.zeros(len(ids), dtype=torch.bool)
@@ -249,6 +302,21 @@ def my_share(plan: Plan, store: SynVidStore) -> list[PlanItem]:
         wanted = torch.tensor([name in missing for name in ids])
     dist.broadcast(wanted, 0)
     return [plan.items[ids[i]] for i in wanted.nonzero().flatten().tolist()[rank::size]]
+
+
+def _check_same_samples(plan: Plan, store: SynVidStore) -> None:
+    for name, sample in store.samples().items():
+        if item := plan.items.get(name):
+            check_same(name, sample.origin, item.origin, store.path)
+
+
+def restore_texts(plan: Plan, store: SynVidStore) -> int:
+    """Put encodings that the dataset has lost, and the plan has, there again; how many. SynVidError if the plan's are damaged."""
+    there = names_there(store.folder)
+    lost = {sample.text for sample in store.samples().values()} - there
+    for name in (found := lost & names_there(Folder(plan.path))):
+        store.put_text(*plan.text(name))
+    return len(found)
 
 
 def leave_together() -> None:

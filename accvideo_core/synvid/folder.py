@@ -106,8 +106,15 @@ class RemoteFolder:
                 found = self._files.find(self._at(under), detail=True)
             except FileNotFoundError:
                 return {}
-        start = len(self._root) + 1
-        return {name[start:]: int(entry["size"]) for name, entry in found.items()}
+            start = len(self._root) + 1
+            return {name[start:]: self._size(name, entry) for name, entry in found.items()}
+
+    def _size(self, name: str, entry: dict[str, Any]) -> int:
+        """As the listing says it, or where that does not (http), the file itself."""
+        size = entry.get("size")
+        if size is None and (size := self._files.info(name).get("size")) is None:
+            raise OSError(f"the server does not say how large {name} is, which is needed to tell whether it is whole")
+        return int(size)
 
 
 @contextlib.contextmanager

@@ -44,6 +44,7 @@ def describe(
         "seconds a sample": round(statistics.fmean(sample.seconds for sample in samples), 3) if samples else None,
         "header": {**asdict(header), "sigmas": f"{len(header.sigmas)}, {header.sigmas[0]} to {header.sigmas[-1]}"},
         "key sigmas": [round(sigma, 5) for sigma in header.key_sigmas],
+        "damaged samples": sorted({damage.id for damage in damages if damage.id}),
         "damaged files": sorted({damage.file for damage in damages if damage.file.startswith("latents/")}),
         "problems": shown,
     }
@@ -51,7 +52,7 @@ def describe(
 
 def _bytes(reader: SynVidReader, samples: Sequence[Sample]) -> dict[str, int]:
     latents = sum(members[0].bytes for members in grouped(samples).values())
-    sizes = {under: reader.folder.sizes(under) for under in ("text", "videos", "manifest")}
+    sizes = {under: reader.sizes(under) for under in ("text", "videos", "manifest")}
     return {"latents": latents, **{under: sum(found.values()) for under, found in sizes.items()}}
 
 

@@ -42,6 +42,10 @@ class SampleInfo:
     video: str | None = None
 
 
+Origin = tuple[str, int, tuple[int, ...]]
+"""Prompt, seed and latent shape: what an id stands for."""
+
+
 @dataclass(frozen=True)
 class Sample(SampleInfo):
     """A committed sample: also where it lies, and the hashes that it is checked by.
@@ -64,6 +68,11 @@ class Sample(SampleInfo):
     sums: tuple[str, ...] = ()
     video_sha256: str | None = None
     attempt: int = 0
+
+    @property
+    def origin(self) -> Origin:
+        """What it is a sample of."""
+        return self.prompt, self.seed, self.shape
 
 
 _FIELDS = {item.name for item in fields(Sample)}
@@ -130,6 +139,14 @@ def check_info(info: SampleInfo) -> None:
         raise _Impossible(f"sample {info.id} with prompt {info.prompt!r} and {info.seconds!r} seconds")
     if info.video is not None and info.video != f"videos/{info.id}.mp4":
         raise _Impossible(f"sample {info.id} with video {info.video!r}; it must be 'videos/{info.id}.mp4' (store.video_path)")
+
+
+def check_same(name: str, there: Origin, now: Origin, where: object) -> None:
+    """SynVidError, naming what differs, if an id stands for another sample than it does in `where`."""
+    differing = [(what, a, b) for what, a, b in zip(("prompt", "seed", "shape"), there, now, strict=True) if a != b]
+    if differing:
+        told = ", ".join(f"{what} {a!r} there, {b!r} now" for what, a, b in differing)
+        raise SynVidError(f"{where} has another sample of the id {name!r} ({told}); give it another id, or choose another folder")
 
 
 class _Impossible(SynVidError, ValueError):

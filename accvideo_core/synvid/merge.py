@@ -16,10 +16,10 @@ import tyro
 from ..errors import InvalidValueError, OutputError, SynVidError
 from ..files import atomic_path, make_folder
 from ..progress import byte_progress
-from .manifest import Sample, free_file, withdrawn_files
+from .manifest import Sample, check_same, free_file, withdrawn_files
 from .reader import Damage, SynVidReader, grouped
 from .store import SynVidStore
-from .texts import text_file
+from .texts import names_there, text_file
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MergeArgs:
     """
 
     datasets: tyro.conf.Positional[tuple[str, ...]]
-    """Folders of datasets, or addresses that fsspec knows. Of samples in more than one the first's are taken."""
+    """Folders of datasets, or addresses that fsspec knows. Of samples in more than one the first whole one is taken."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The dataset to add to; made if missing."""
     json: bool = False
@@ -41,7 +41,7 @@ class MergeArgs:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was done: samples copied, samples that were there already, bytes copied, and what was damaged and left out."""
+    """What was done: samples copied, samples that the output had already, bytes copied, and what was damaged and left out."""
 
     copied: int
     already: int
@@ -68,8 +68,9 @@ def merge_synvid(
     """Add every whole sample of `datasets` to the dataset `out`, made if missing; `progress` has (bytes done, of all).
 
     A latent file is copied as it is, under its own name unless that is withdrawn in `out` (`free_file`), and its samples are
-    committed once it has been flushed and its hash is right; text and videos likewise. Raises SynVidError, naming the fields,
-    if the headers differ, before anything is copied, and OutputError where the output cannot be written; what was committed
+    committed once it has been flushed and its hash is right; text and videos likewise. What is damaged in one of the datasets is
+    taken from the next that has it. Raises SynVidError, naming the fields, if the headers differ, and naming the id, if it stands
+    for several samples, before anything is copied, and OutputError where the output cannot be written; what was committed
     until then stays.
     """
     readers = [SynVidReader(address) for address in datasets]
@@ -80,41 +81,43 @@ def merge_synvid(
     store = SynVidStore(out, readers[0].header)
     if any(str(reader.folder) == str(store.folder) for reader in readers):
         raise InvalidValueError(f"{out} is one of the datasets to merge; choose another output")
-    seen = set(store.samples())
     entries, _ = store.entries()
+    held, there = store.samples(), names_there(store.folder)
     withdrawn = withdrawn_files(entries)
     attempts: dict[str, int] = {}  # of all lines of an id, also those withdrawn
     for entry in entries:
         if isinstance(entry, Sample):
             attempts[entry.id] = max(entry.attempt, attempts.get(entry.id, 0))
-    work: list[tuple[SynVidReader, str, list[Sample]]] = []
-    already = 0
-    for reader in readers:
-        samples = reader.samples()
-        fresh = [sample for name, sample in samples.items() if name not in seen]
-        already += len(samples) - len(fresh)
-        seen.update(samples)
-        work += [(reader, file, members) for file, members in grouped(fresh).items()]
-    total = sum(members[0].bytes for _, _, members in work)
+    sources = [(reader, reader.samples()) for reader in readers]
+    known = dict(held)
+    for reader, samples in sources:
+        for name, sample in samples.items():
+            check_same(name, known.setdefault(name, sample).origin, sample.origin, reader.folder)
+    already = len(set(held) & {name for _, samples in sources for name in samples})
+    total = sum(members[0].bytes for members in grouped(known[name] for name in known.keys() - held.keys()).values())
     done = copied = moved = 0
     damages: list[Damage] = []
     if negative := store.header.negative_text:
         reader = next((reader for reader in readers if reader.header.negative_text == negative), readers[0])
         damages += _copy_text(reader, store, negative)
-    for reader, file, members in work:
-        name = free_file(file, withdrawn)
-        whole, found = _copy(reader, store, file, name, members)
-        if name != file:
-            later = [max(sample.attempt, attempts.get(sample.id, 0)) + 1 for sample in whole]
-            whole = [replace(sample, file=name, attempt=attempt) for sample, attempt in zip(whole, later, strict=True)]
-        store.adopt(whole)
-        damages += found
-        copied += len(whole)
-        moved += members[0].bytes if whole else 0
-        done += members[0].bytes
-        if progress is not None:
-            progress(done, total)
-    return MergeReport(copied, already, moved, tuple(damages))
+    for reader, samples in sources:
+        for name in {held[name].text for name in samples.keys() & held.keys() if held[name].text == samples[name].text} - there:
+            damages += _copy_text(reader, store, name)
+        for file, members in grouped(sample for name, sample in samples.items() if name not in held).items():
+            name = free_file(file, withdrawn)
+            whole, found = _copy(reader, store, file, name, members)
+            if name != file:
+                later = [max(sample.attempt, attempts.get(sample.id, 0)) + 1 for sample in whole]
+                whole = [replace(sample, file=name, attempt=attempt) for sample, attempt in zip(whole, later, strict=True)]
+            store.adopt(whole)
+            held |= {sample.id: sample for sample in whole}
+            damages += found
+            copied += len(whole)
+            moved += members[0].bytes if whole else 0
+            done += members[0].bytes
+            if progress is not None:
+                progress(min(done, total), total)  # a file that is damaged in one source is copied from another, too
+    return MergeReport(copied, already, moved, tuple(damage for damage in damages if damage.id not in held))
 
 
 def _copy(

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..errors import SynVidError
 from ..files import append_at, atomic_path, check_writable
 from .folder import Folder
-from .manifest import HASH, SampleInfo, check_info
+from .manifest import HASH, Origin, SampleInfo, check_info
 from .store import sample_id
-from .texts import put_text, read_text
+from .texts import names_there, put_text, read_text
 
 FILE = "plan.jsonl"
 NEGATIVES = "negatives.json"
@@ -44,6 +44,11 @@ class PlanItem:
     seed: int
     shape: tuple[int, int, int, int]
 
+    @property
+    def origin(self) -> Origin:
+        """What it is a sample of."""
+        return self.prompt, self.seed, self.shape
+
 
 def prompt_seed(prompt: str, run: int = 0, copy: int = 0) -> int:
     """The seed of a prompt's noise, below 2**53, which every JSON reader holds exactly. It hangs on the prompt, the run's own
@@ -64,7 +69,7 @@ class Plan:
         self.path = Path(path)
         self.items: dict[str, PlanItem] = {}
         self.negatives: dict[str, str] = {}
-        self._end = 0
+        self._end = self._size = 0
         file = self.path / FILE
         if not file.exists():
             if not create:
@@ -76,7 +81,7 @@ class Plan:
         except OSError as error:
             raise SynVidError(f"cannot read {file}: {error.strerror or error}") from error
         # What follows the last line's end was being written when its writer died; `add` writes over it.
-        self._end = content.rfind(b"\n") + 1
+        self._end, self._size = content.rfind(b"\n") + 1, len(content)
         for number, line in enumerate(content[: self._end].splitlines(), 1):
             self._take(_from_line(line, f"{file}, line {number}"))
         if (self.path / NEGATIVES).exists():
@@ -89,7 +94,8 @@ class Plan:
 
         text, pooled  (L, D) at its valid length and (P,), or None for a model without it
         name          its id; by default `sample_id`'s
-        Raises SynVidError for an id the plan has already or values that cannot be stored, OutputError where the disk refuses.
+        Raises SynVidError for an id the plan has already, values that cannot be stored, or where another process has added to
+        the plan since; OutputError where the disk refuses.
         """
         channels, frames, height, width = (int(n) for n in shape)
         name = sample_id(prompt, seed, shape) if name is None else name
@@ -98,7 +104,9 @@ class Plan:
         item = PlanItem(name, prompt, put_text(self.path, text, pooled), int(seed), (channels, frames, height, width))
         _check(item)
         line = json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        self._end = append_at(self.path / FILE, self._end, line)
+        if (file := self.path / FILE).exists() and file.stat().st_size != self._size:
+            raise SynVidError(f"another process is adding to {file}; let one at a time, then start this one again, which goes on")
+        self._end = self._size = append_at(file, self._end, line)
         self._take(item)
         return item
 
@@ -108,6 +116,19 @@ class Plan:
         with atomic_path(self.path / NEGATIVES) as temporary:
             temporary.write_text(json.dumps(negatives, indent=1) + "\n", encoding="utf-8", newline="\n")
         self.negatives = negatives
+
+    def restore(self, item: PlanItem, text: Tensor, pooled: Tensor | None) -> None:
+        """Put an item's encoding, lost from the folder, there again. SynVidError if it is not what the plan was made with."""
+        if put_text(self.path, text, pooled) != item.text:
+            raise SynVidError(
+                f"the encoding of sample {item.id} is lost from {self.path}, and its prompt is encoded otherwise now; encode it "
+                "as then (device, dtype, text encoder), or make a new plan"
+            )
+
+    def lost(self) -> set[str]:
+        """The ids whose encoding is gone from the folder."""
+        there = names_there(Folder(self.path))
+        return {name for name, item in self.items.items() if item.text not in there}
 
     def text(self, name: str) -> tuple[Tensor, Tensor | None]:
         """(text (L, D), pooled (P,) or None) by hash. SynVidError if it is missing or damaged."""

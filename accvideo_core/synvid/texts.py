@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -14,10 +14,20 @@ from ..files import make_folder
 from .folder import Folder, RemoteFolder
 from .tensors import tensor_hash
 
+_CURE = (
+    "delete it if it is there, and encode the prompts into the plan again (accvideo encode), which puts it back, and capture, "
+    "which copies it into the dataset"
+)
+
 
 def text_file(name: str) -> str:
     """Where the text of that hash lies in a dataset or a plan."""
     return f"text/{name[:2]}/{name}.safetensors"
+
+
+def names_there(folder: Folder | RemoteFolder) -> set[str]:
+    """The hashes of the texts in a dataset or a plan, by listing alone. OSError where that fails."""
+    return {PurePosixPath(name).stem for name in folder.sizes("text") if name.endswith(".safetensors")}
 
 
 def put_text(folder: Path, text: Tensor, pooled: Tensor | None = None) -> str:
@@ -51,8 +61,8 @@ def read_text(folder: Folder | RemoteFolder, name: str) -> tuple[Tensor, Tensor 
     try:
         found = safetensors.torch.load(folder.read(file))
     except (OSError, SafetensorError) as error:
-        raise SynVidError(f"{folder}: {file} cannot be read ({error}); encode the prompt again or restore the file") from error
+        raise SynVidError(f"{folder}: {file} cannot be read ({error}); {_CURE}") from error
     tensors = [found[part] for part in ("text", "pooled") if part in found]
     if tensor_hash(*tensors) != name:
-        raise SynVidError(f"{folder}: {file} is not what was stored under its name; encode the prompt again or restore the file")
+        raise SynVidError(f"{folder}: {file} is not what was stored under its name; {_CURE}")
     return tensors[0], tensors[1] if len(tensors) > 1 else None

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from ..errors import InvalidValueError
-from .plan import prompt_seed
+from .manifest import check_same
+from .plan import Plan, prompt_seed
 from .prompts import Prompt
 from .store import sample_id
 
@@ -43,3 +46,24 @@ def wanted_samples(prompts: Iterable[Prompt], shape: Sequence[int], copies: int 
             seed = own_seed(prompt, run, copy)
             found.append(Wanted(prompt.id or sample_id(prompt.text, seed, shape), prompt.text, seed))
     return found
+
+
+def lacking(plan: Plan, samples: Iterable[Wanted], shape: Sequence[int]) -> list[Wanted]:
+    """Those of latent shape (C, T, H, W) that a plan does not have, or whose encoding it has lost. SynVidError for an id that it
+    has for another sample."""
+    found, lost = [], plan.lost()
+    for sample in samples:
+        there = plan.items.get(sample.id)
+        if there is not None:
+            check_same(sample.id, there.origin, (sample.prompt, sample.seed, tuple(shape)), plan.path)
+        if there is None or sample.id in lost:
+            found.append(sample)
+    return found
+
+
+def put_into(plan: Plan, sample: Wanted, shape: Sequence[int], text: Tensor, pooled: Tensor | None) -> None:
+    """Add one of `lacking` with its encoding, as of `Plan.add`, or put that there again."""
+    if sample.id in plan.items:
+        plan.restore(plan.items[sample.id], text, pooled)
+    else:
+        plan.add(sample.prompt, text, pooled, sample.seed, shape, sample.id)

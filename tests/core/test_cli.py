@@ -208,6 +208,8 @@ BAD_INPUT = [
     ("generate 'a red ball' -o FOLDER/a.mp4 --shift 0", 2, ["shift is 0", "above 0"]),
     ("generate 'a red ball' -o FOLDER/a.mp4 --shift nan", 2, ["shift is nan", "finite"]),
     ("generate 'a red ball' -o FOLDER/a.mp4 --shift inf", 2, ["shift is inf", "finite"]),
+    ("generate 'a red ball' -o FOLDER/a.mp4 --guidance nan", 2, ["guidance is nan", "finite"]),
+    ("generate 'a red ball' -o FOLDER/a.gif", 2, ["a.gif", "no .mp4"]),
     ("generate 'a red ball' -o FOLDER/a.mp4 --frames 16", 2, ["frames is 16", "4n+1", "17"]),
     ("generate 'a red ball' -o FOLDER/a.mp4 --frames 0", 2, ["frames is 0", "4n+1"]),
     ("generate 'a red ball' -o FOLDER/a.mp4 --height 72", 2, ["height is 72", "multiple of 16"]),

@@ -236,4 +236,4 @@ def test_the_capture_command(tmp_path, capsys):
     shutil.rmtree(plan.path / "text")
     assert cli.main([*words, "--full", "--out", str(tmp_path / "other")]) == 1
     said = capsys.readouterr().err
-    assert f"{plan.path}: text/" in said and "cannot be read" in said and "encode the prompt again" in said
+    assert f"{plan.path}: text/" in said and "cannot be read" in said and "encode the prompts into the plan again" in said

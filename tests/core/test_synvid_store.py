@@ -332,7 +332,7 @@ def test_noise_that_a_seed_no_longer_gives_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.setattr("accvideo_core.synvid.tensors.make_noise", lambda shape, seeds: torch.zeros(shape))
     with pytest.raises(SynVidError, match="draws other numbers"):
         store.noise(PLAN[0])
-    assert [(damage.id, "other noise" in damage.what) for damage in store.verify()] == [(PLAN[0], True)]
+    assert [(damage.id, "draws other numbers" in damage.what) for damage in store.verify()] == [(PLAN[0], True)]
 
 
 def test_missing_and_withdrawn_samples_are_captured_again(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ tokens in order of (t, h, w), D width, L text length.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ class Adapter(ABC):
     def guidance(self, network: nn.Module, asked: float | None = None) -> float | None:
         """The scale that `conditioning` takes for this network: the one asked for, or the family's; None if it embeds none, and
         InvalidValueError if one is asked for all the same."""
+        if asked is not None and not math.isfinite(asked):
+            raise InvalidValueError(f"guidance is {asked}; it must be a finite number")
         if self.embeds_guidance(network):
             return get_preset(self.family).guidance if asked is None else asked
         if asked is not None:
