@@ -35,13 +35,13 @@ def run(args: InspectArgs) -> int:
         return _inspect_dataset(args)
     if args.verify or args.withdraw or args.sheet or args.sample:
         raise InvalidValueError(f"{args.file} is no SynVid dataset; --verify, --withdraw, --sheet and --sample are for those")
-    if not holds_lora(args.file):
+    if not holds_lora(args.file, args.weights):
         return inspect_checkpoint(args)
     from .lora import describe
 
-    if args.step or args.self_check:
-        raise InvalidValueError(f"{args.file} is a LoRA; --self-check and --step are for whole networks")
-    return _print(describe(args.file), args.json)
+    if args.step or args.weights:
+        raise InvalidValueError(f"{args.file} is a LoRA; --step and --weights are for whole networks, leave them out")
+    return _print(describe(args.file, args.self_check), args.json)
 
 
 def _inspect_dataset(args: InspectArgs) -> int:

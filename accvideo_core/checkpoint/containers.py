@@ -21,6 +21,8 @@ _REFUSED: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a Git LFS pointer, not the weights: fetch the file itself"),
 )
 _MAX_HEADER = 100_000_000  # of safetensors
+PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What PEFT calls the LoRA in its folders."""
 
 
 def open_container(path: Path, weights: str | None = None) -> Container:
@@ -49,6 +51,11 @@ def open_container(path: Path, weights: str | None = None) -> Container:
             if head.startswith(magic):
                 raise CheckpointError(f"{path} is {what}; weights come as safetensors, .pt, GGUF or a diffusers folder")
     return SafetensorsFile(path)
+
+
+def adapter_file(path: Path) -> Path | None:
+    """The LoRA in a PEFT folder; None for any other folder, and for a file."""
+    return next((path / name for name in PEFT_FILES if (path / name).is_file()), None)
 
 
 def companion_map(path: Path) -> Path | None:

@@ -30,7 +30,7 @@ from .containers import input_files
 from .layouts import COMFYUI_NATIVE, HUNYUAN_DIFFUSERS, ORIGINAL, Layout, some
 from .quantised import MARKER, QUANTISATION_METADATA, cast, check_finite, quantise_fp8, scale_name
 from .reader import Checkpoint, open_checkpoint
-from .safetensors_file import stream_safetensors
+from .safetensors_file import check_suffix, stream_safetensors
 from .wan import WAN_DIFFUSERS, WAN_ORIGINAL, WanConfig
 
 LayoutName = Literal["original", "comfyui", "diffusers"]
@@ -108,6 +108,8 @@ def convert(
             )
         if layout == "diffusers":
             _check_folder(out, inputs)
+        else:
+            check_suffix(out)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key not in ("format", QUANTISATION_METADATA)}
         tensors = _tensors(checkpoint, naming, targets, progress)
         if layout == "diffusers":
@@ -359,6 +361,8 @@ class ConvertArgs:
 
 def run(args: ConvertArgs) -> int:
     """Convert and print what was written; 0. Errors as `convert` raises them."""
+    if not (math.isfinite(args.shard_gb) and args.shard_gb * 1e9 >= 1):
+        raise InvalidValueError(f"--shard-gb {args.shard_gb:g} is no size of a file; choose a number of GB above 0, 5 for most")
     with byte_progress("converting") as progress:
         report = convert(
             args.file, args.out, args.layout, args.dtype, args.weights, args.overwrite, int(args.shard_gb * 1e9), progress

@@ -111,7 +111,8 @@ def _unwrap(content: dict[Any, Any], path: Path, weights: str | None) -> tuple[d
         if weights in inside:
             name = weights
         elif len(inside) > 1 and set(inside) != {"module", "ema"}:
-            raise CheckpointError(f"{path} holds several networks ({', '.join(inside)}); say which one: weights={inside[0]}")
+            choices = " or ".join(f"--weights {other}" for other in inside)
+            raise CheckpointError(f"{path} holds several networks ({', '.join(inside)}); say which one: {choices}")
         others = tuple(other for other in inside if other != name)
         trail.append(name)
         content = content[name]

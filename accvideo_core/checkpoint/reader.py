@@ -17,7 +17,7 @@ import torch
 from ..dit import DiTConfig, HunyuanVideoDiT
 from ..errors import AccVideoError, CheckpointError
 from .config import Differences, NetworkConfig, family_of, find_differences, infer_any_config, infer_config
-from .containers import companion_map, open_container, shard_hint
+from .containers import adapter_file, companion_map, open_container, shard_hint
 from .layouts import Layout, Place, some
 from .pytorch_file import PytorchFile
 from .quantised import FLOAT8, Scaled, Scales, is_scaled_without_scales
@@ -288,9 +288,9 @@ def open_checkpoint(path: str | Path, strict: bool = True, weights: str | None =
     return Checkpoint(Path(path), strict, weights)
 
 
-def holds_lora(path: str | Path) -> bool:
-    """Whether the tensors of a file are named as a LoRA's. CheckpointError if it cannot be opened."""
-    file = open_container(Path(path))
+def holds_lora(path: str | Path, weights: str | None = None) -> bool:
+    """Whether the tensors of a file, or of a PEFT folder's own, are named as a LoRA's. CheckpointError if it cannot be opened."""
+    file = open_container(adapter_file(Path(path)) or Path(path), weights)
     try:
         return is_lora(file.tensors)
     finally:

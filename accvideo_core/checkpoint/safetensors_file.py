@@ -42,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
+_OTHER_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".gguf")
 _CHUNK = 1 << 24  # bytes that a thread reads at a time
 _THREADS = min(4, os.cpu_count() or 1)
 
@@ -214,6 +215,15 @@ def _tensor_info(name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def check_suffix(path: Path) -> None:
+    """OutputError for an output named as another kind of weight file: other programs go by the name."""
+    if path.suffix.lower() in _OTHER_KINDS:
+        raise OutputError(
+            f"the output {str(path)!r} is named {path.suffix}, but safetensors is what is written; name it "
+            f"{path.with_suffix('.safetensors').name}"
+        )
 
 
 def write_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -28,6 +28,12 @@ MAGNITUDES = ("magnitude", "row_magnitude")
 LOW_RANK, LOHA, LOKR, DIFFERENCE, REPLACEMENT = "low-rank", "loha", "lokr", "difference", "replacement"
 
 
+def count_not_finite(tensor: torch.Tensor) -> int:
+    """How many values are NaN or infinite."""
+    values = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+    return int((~torch.isfinite(values)).sum())
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """A tensor of the open file, read when it is needed."""
@@ -46,8 +52,7 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """In its stored dtype. LoraError for values that are not finite: they would spoil every weight they touch."""
         tensor = self.file.read(self.key)
-        values = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
-        if not bool(torch.isfinite(values).all()):
+        if count_not_finite(tensor):
             raise LoraError(f"{self.file.path}: {self.key} has values that are NaN or infinite; the file is damaged")
         return tensor
 
@@ -130,9 +135,9 @@ class LoraPart:
         """Whether it is a DoRA."""
         return any(role in self.tensors for role in MAGNITUDES)
 
-    def _magnitude(self) -> tuple[torch.Tensor, bool]:
-        """DoRA's magnitudes in fp32, flat, and whether they are one per row (else one per input channel)."""
-        name = next(role for role in MAGNITUDES if role in self.tensors)
+    def magnitude_by_row(self) -> bool:
+        """Whether DoRA's magnitudes are one per row (else one per input channel). LoraError where their number is neither."""
+        name = self._magnitude_role
         stored, (out, columns) = self.tensors[name], self.shape
         count = prod(stored.shape)
         # PEFT stores one per row in whatever shape; LyCORIS and OneTrainer (out, 1, ..) or (1, in channels, ..).
@@ -142,7 +147,16 @@ class LoraPart:
             raise LoraError(
                 f"{stored.key} {list(stored.shape)} fits no weight of {out} rows and {columns} columns; the file is damaged"
             )
-        value = stored.read().float().flatten()
+        return by_row
+
+    @property
+    def _magnitude_role(self) -> str:
+        return next(role for role in MAGNITUDES if role in self.tensors)
+
+    def _magnitude(self) -> tuple[torch.Tensor, bool]:
+        """DoRA's magnitudes in fp32, flat, and `magnitude_by_row`."""
+        by_row = self.magnitude_by_row()
+        value = self.tensors[self._magnitude_role].read().float().flatten()
         return (self._in_order(value) if by_row else value), by_row
 
     def low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ import torch
 from ..checkpoint import Checkpoint, open_checkpoint, write_safetensors
 from ..checkpoint.containers import input_files
 from ..checkpoint.layouts import some
+from ..checkpoint.safetensors_file import check_suffix
 from ..errors import InvalidValueError, LoraError
 from ..files import check_output
 from .blocks import Blocks
@@ -67,21 +68,26 @@ def extract_lora(
     key_format: str = "comfyui",
     dtype: torch.dtype = torch.float16,
     blocks: Blocks | None = None,
+    weights: str | None = None,
+    base_weights: str | None = None,
     lossy: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
     """Write the LoRA that turns `base` into `tuned`, both in any layout, to `out`.
 
-    rank        of every pair, or the largest if `energy` is given
-    energy      in (0, 1]: as many ranks as hold this share of a difference's squared norm
-    key_format  comfyui (loads everywhere in ComfyUI), kohya, peft (diffusers)
-    dtype       of what is stored
-    blocks      only these (None for all); factors other than 0 count as 1
-    lossy       leave out differences that the key format has no place for, instead of refusing
+    rank          of every pair, or the largest if `energy` is given
+    energy        in (0, 1]: as many ranks as hold this share of a difference's squared norm
+    key_format    comfyui (loads everywhere in ComfyUI), kohya, peft (diffusers)
+    dtype         of what is stored
+    blocks        only these (None for all); factors other than 0 count as 1
+    weights       which network of a `tuned` that holds several, as for `open_checkpoint`
+    base_weights  the same of `base`
+    lossy         leave out differences that the key format has no place for, instead of refusing
     Raises CheckpointError, LoraError or InvalidValueError for inputs that do not belong together or do not differ.
     """
     tuned, base, out = Path(tuned), Path(base), Path(out)
+    check_suffix(out)
     if rank < 1:
         raise InvalidValueError(f"rank {rank} is impossible; choose 1 or more, 32 for most")
     if energy is not None and not 0 < energy <= 1:
@@ -91,7 +97,8 @@ def extract_lora(
     inputs = [*input_files(tuned), *input_files(base)]
     check_output(out, inputs, overwrite)
     with ExitStack() as stack:
-        ours, theirs = (stack.enter_context(open_checkpoint(path)) for path in (tuned, base))
+        ours = stack.enter_context(open_checkpoint(tuned, weights=weights))
+        theirs = stack.enter_context(open_checkpoint(base, weights=base_weights))
         keys = _common(ours, theirs, blocks)
         family = WAN if ours.family.startswith(WAN) else HUNYUAN_VIDEO
         # Small tensors first: a difference that the format has no place for is then known before the long work.

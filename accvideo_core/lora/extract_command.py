@@ -36,6 +36,10 @@ class ExtractArgs:
     """What the values are stored as."""
     blocks: str = "all"
     """Only these blocks, for example double.0-9,single."""
+    weights: str | None = None
+    """Which network of a tuned .pt file that holds several: module (the default), ema, ..."""
+    base_weights: str | None = None
+    """The same of the base."""
     lossy: bool = False
     """Leave out differences that the format has no place for (PEFT: norms) instead of refusing."""
     overwrite: bool = False
@@ -58,6 +62,8 @@ def run(args: ExtractArgs) -> int:
             key_format=args.format,
             dtype=DTYPES[args.dtype],
             blocks=None if args.blocks == "all" else parse_blocks(args.blocks),
+            weights=args.weights,
+            base_weights=args.base_weights,
             lossy=args.lossy,
             overwrite=args.overwrite,
             progress=advance,

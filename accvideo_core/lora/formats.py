@@ -7,21 +7,20 @@ given, or unmatched, which is an error unless the caller allows it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from ..checkpoint.containers import open_container
+from ..checkpoint.containers import PEFT_FILES, adapter_file, open_container
 from ..checkpoint.layouts import some
 from ..errors import AccVideoWarning, CheckpointError, LoraError
-from .adapters import DIFFERENCE, LOHA, LOKR, LOW_RANK, REPLACEMENT, LoraModule, LoraPart, StoredTensor
+from .adapters import DIFFERENCE, LOHA, LOKR, LOW_RANK, REPLACEMENT, LoraModule, LoraPart, StoredTensor, count_not_finite
+from .alphas import ratio, read_alphas
 from .names import (
     COMFYUI_NAMES,
     DIFFUSERS_NAMES,
@@ -132,7 +131,7 @@ class Lora:
             )
         self._dialect = dialect
         self.family: str = dialect.family
-        self._alphas = _read_alphas(self.metadata, self.path)
+        self._alphas = read_alphas(self.metadata, self.path)
         parts: dict[str, list[LoraPart]] = {}
         signs: Counter[tuple[str, str, str]] = Counter()
         for name, roles in grouped.items():
@@ -191,7 +190,8 @@ class Lora:
                     "the file is damaged or was cut"
                 )
             used = {role: tensors[role] for role in left if role in needed or role in _OPTIONAL[form]}
-            scale = self._scale(name, form, needed, used)
+            # PEFT's patterns are for the module's own name, or for one with what was wrapped before it.
+            scale = self._scale((name[len(prefix) :], name.removeprefix("base_model.model.")), form, needed, used)
             core = {role: tensor for role, tensor in used.items() if role not in ("alpha", "up_bias")}
             add("weight", form, core, scale)
             if "up_bias" in used:
@@ -209,8 +209,8 @@ class Lora:
             self.ignored[left.pop("alpha")] = "an alpha without a LoRA"
         return list(left.values())
 
-    def _scale(self, name: str, form: str, needed: tuple[str, ...], used: Mapping[str, StoredTensor]) -> float:
-        """alpha / rank; 1 where no alpha is stored, or where a LoKr has no rank because both its matrices are whole."""
+    def _scale(self, names: tuple[str, ...], form: str, needed: tuple[str, ...], used: Mapping[str, StoredTensor]) -> float:
+        """alpha / rank; 1 where no alpha is stored, or where LyCORIS' LoKr has no rank because both its matrices are whole."""
         down = {LOW_RANK: "down", LOHA: "hada_w1_b"}.get(form, "lokr_w2_b" if "lokr_w2_b" in needed else "lokr_w1_b")
         rank = used[down].shape[0] if down in used and used[down].shape else None
         if rank == 0:
@@ -220,10 +220,8 @@ class Lora:
             if math.prod(stored.shape) != 1:
                 raise LoraError(f"{stored.key} should be one number and is {list(stored.shape)}; the file is damaged")
             alpha = float(stored.read().float().reshape(()))
-            return 1.0 if rank is None else _ratio(alpha, rank, stored.key)
-        if rank is not None and self._alphas is not None:
-            return self._alphas.scale(name, rank)
-        return 1.0
+            return 1.0 if rank is None else ratio(alpha, rank, stored.key)
+        return 1.0 if self._alphas is None else self._alphas.scale(names, rank)
 
     def _check_family(self) -> None:
         """Refuse a LoRA that says of itself that it is of another model with the same names; warn of one that looks so."""
@@ -249,6 +247,14 @@ class Lora:
         """How many stored modules are applied."""
         return sum(len(module.parts) for module in self.modules.values())
 
+    def not_finite(self) -> list[str]:
+        """Keys of tensors with NaN or infinities, each with how many; reads the whole file."""
+        broken = []
+        for key in self._file.tensors:
+            bad = count_not_finite(self._file.read(key))
+            broken += [f"{key} ({bad} values)"] if bad else []
+        return broken
+
     def close(self) -> None:
         self._file.close()
 
@@ -259,7 +265,6 @@ class Lora:
         self.close()
 
 
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _OTHER_MODELS = ("flux", "stable-diffusion", "sdxl", "sd3", "hunyuan", "wan", "ltx", "qwen", "cogvideo", "mochi", "chroma")
 
 
@@ -271,14 +276,20 @@ def read_lora(path: str | Path, allow_unmatched: bool = False) -> Lora:
     """
     path = Path(path)
     if path.is_dir():
-        inside = next((path / name for name in _PEFT_FILES if (path / name).is_file()), None)
+        inside = adapter_file(path)
         if inside is None:
-            raise LoraError(f"{path} is a folder without {_PEFT_FILES[0]}; name one LoRA file")
+            raise LoraError(f"{path} is a folder without {PEFT_FILES[0]}; name one LoRA file")
         path = inside
     try:
         return Lora(path, allow_unmatched)
     except CheckpointError as error:
         raise LoraError(f"cannot read the LoRA: {error}") from error
+
+
+def lora_files(path: Path) -> list[Path]:
+    """What is read of a LoRA and may not be written over: what was named, the file of a PEFT folder, the settings beside it."""
+    file = adapter_file(path) or path
+    return [path, file, *([file.with_name("adapter_config.json")] if file.name in PEFT_FILES else [])]
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -289,63 +300,13 @@ def split_key(key: str) -> tuple[str, str] | None:
     return found[1], next(role for i, (_, role) in enumerate(SUFFIXES) if found[i + 2] is not None)
 
 
-@dataclass(frozen=True)
-class _Alphas:
-    """PEFT's own settings: alpha for all modules, or by pattern; rslora divides by the root of the rank."""
-
-    alpha: float
-    patterns: Mapping[str, float]
-    rslora: bool
-    where: str
-
-    def scale(self, name: str, rank: int) -> float:
-        alpha = self.alpha
-        for pattern, value in self.patterns.items():
-            # PEFT's rule: a pattern is a regular expression for the end of the module's name, from a dot on.
-            if re.fullmatch(rf"(.*\.)?({pattern})", name):
-                alpha = value
-                break
-        return _ratio(alpha, rank**0.5 if self.rslora else rank, self.where)
-
-
-def _read_alphas(metadata: Mapping[str, str], path: Path) -> _Alphas | None:
-    """diffusers writes PEFT's settings into the file's metadata, PEFT itself into a file beside it."""
-    beside = path.with_name("adapter_config.json")
-    if (text := metadata.get("lora_adapter_metadata")) is not None:
-        where = "its metadata lora_adapter_metadata"
-    elif path.name in _PEFT_FILES and beside.is_file():
-        where = str(beside)
-        try:
-            text = beside.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoraError(f"cannot read {beside}: {error}") from error
-    else:
-        return None
-    try:
-        settings = json.loads(text)
-        # diffusers packs one adapter per component: "transformer.r", "transformer.lora_alpha", ...
-        packed = {key.removeprefix("transformer."): value for key, value in settings.items() if key.startswith("transformer.")}
-        settings = packed or settings
-        if "lora_alpha" not in settings:
-            return None
-        patterns = {str(key): float(value) for key, value in dict(settings.get("alpha_pattern") or {}).items()}
-        for pattern in patterns:
-            re.compile(pattern)
-        return _Alphas(float(settings["lora_alpha"]), patterns, bool(settings.get("use_rslora", False)), where)
-    except (ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
-        raise LoraError(f"{where} is damaged ({' '.join(str(error).split())[:200]})") from error
-
-
-def _ratio(alpha: float, rank: float, where: str) -> float:
-    if not rank or not math.isfinite(alpha):
-        raise LoraError(f"alpha {alpha} ({where}) for rank {rank:g} is no scale; the file is damaged")
-    return alpha / rank
-
-
 def _check_parts(module: LoraModule) -> None:
-    """Two stored modules must not both be the whole, or the same rows, of one tensor in the same form."""
+    """Factors and magnitudes must fit each other, and two stored modules must not both be the whole, or the same rows, of one
+    tensor in the same form."""
     for i, part in enumerate(module.parts):
         assert part.shape
+        if part.has_magnitude:
+            part.magnitude_by_row()
         for other in module.parts[:i]:
             if part.source != other.source and (part.rows is None or other.rows is None or part.rows == other.rows):
                 raise LoraError(f"{other.source} and {part.source} both change {module.tensor}; the file holds two LoRAs")
@@ -362,9 +323,12 @@ def _format_of(signs: Counter[tuple[str, str, str]]) -> str:
     return max(counted, key=lambda name: (name not in ("original", "diffusion-pipe"), counted[name]))
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, values: bool = False) -> dict[str, Any]:
     """What a LoRA file is, from its header and its scalars: for `accvideo inspect`. "problems" is empty for one that can be
-    applied whole. LoraError if it cannot be read at all."""
+    applied whole. LoraError if it cannot be read at all.
+
+    values  also read every tensor and look for NaN and infinities
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", AccVideoWarning)
         lora = read_lora(path, allow_unmatched=True)
@@ -374,6 +338,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         scales = Counter(round(part.scale, 6) for part in parts if part.form in _REQUIRED)
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for part in parts for tensor in part.tensors.values())
         problems = [f"{len(lora.unmatched)} keys are not understood: {some(lora.unmatched)}"] if lora.unmatched else []
+        if values and (broken := lora.not_finite()):
+            problems.append(f"{len(broken)} tensors have NaN or infinite values: {some(broken)}")
         return {
             "file": str(lora.path),
             "bytes": lora.path.stat().st_size,

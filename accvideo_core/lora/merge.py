@@ -24,13 +24,13 @@ from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.containers import input_files
 from ..checkpoint.layouts import some
 from ..checkpoint.quantised import QUANTISATION_METADATA
-from ..checkpoint.safetensors_file import stream_safetensors
+from ..checkpoint.safetensors_file import check_suffix, stream_safetensors
 from ..checkpoint.shards import weight_files
 from ..errors import InvalidValueError, LoraError
 from ..files import check_output
 from .adapters import LoraModule
 from .blocks import Blocks, parse_blocks
-from .formats import Lora, read_lora
+from .formats import Lora, lora_files, read_lora
 from .names import HUNYUAN_VIDEO, WAN
 from .storage import Storage, Target
 from .streaming import ahead, sha256_of
@@ -91,6 +91,7 @@ def merge_lora(
     out: str | Path,
     *,
     dtype: Storage | torch.dtype | None = None,
+    weights: str | None = None,
     overwrite: bool = False,
     allow_unmatched: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -100,20 +101,23 @@ def merge_lora(
     loras            files, each with strength and blocks; several add up, each from the base's own weights
     dtype            what is stored (`storage.DTYPES` has them by name); None keeps each tensor's dtype or quantisation
     overwrite        replace an `out` that exists
-    allow_unmatched  leave out what a LoRA holds for modules that the base lacks or nobody knows (named in the report)
+    allow_unmatched  leave out what a LoRA holds for modules that the base lacks, has in another shape, or nobody knows (named
+                     in the report)
+    weights          which network of a base that holds several, as for `open_checkpoint`
     progress         called with (bytes read, bytes in all); an exception it raises ends the merge and leaves nothing behind
     Raises LoraError for LoRAs that do not fit, CheckpointError for the base, OutputError for the output, each before anything
     long begins where it can be known.
     """
     base, out = Path(base), Path(out)
+    check_suffix(out)
     uses = [use if isinstance(use, LoraUse) else LoraUse(Path(use)) for use in loras]
     if not uses:
         raise InvalidValueError("there is no LoRA to merge; name at least one")
-    inputs = [*input_files(base), *(use.path for use in uses)]
+    inputs = [*input_files(base), *(file for use in uses for file in lora_files(use.path))]
     check_output(out, inputs, overwrite)
     storage = Storage(dtype) if isinstance(dtype, torch.dtype) else dtype
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(base))
+        checkpoint = stack.enter_context(open_checkpoint(base, weights=weights))
         opened = [(use, stack.enter_context(read_lora(use.path, allow_unmatched))) for use in uses]
         plan, applied, left_out = _plan(checkpoint, opened, allow_unmatched)
         target = Target(checkpoint, storage)
@@ -124,7 +128,7 @@ def merge_lora(
         stopped = threading.Event()
         stack.callback(stopped.set)
         base_hash = hashes.submit(sha256_of, weight_files(base), stopped)
-        record = _Record(base, opened)
+        record = _Record(base, weights, opened)
         metadata = {key: value for key, value in checkpoint.metadata.items() if key != QUANTISATION_METADATA}
         metadata[RECORD] = record.text("0" * 64)
         read = stack.enter_context(closing(ahead(_read_all(checkpoint))))
@@ -147,7 +151,8 @@ def _plan(
     for use, lora in opened:
         if lora.family != family:
             raise LoraError(f"{use.path} is for {lora.family} but {checkpoint.path} is a {family} model; choose a LoRA for it")
-        missing = [name for name in lora.modules if name not in keys]
+        wanted = {name: (use.factor(name), module) for name, module in lora.modules.items() if use.factor(name) != 0}
+        missing = [name for name in wanted if name not in keys]
         if missing and not allow_unmatched:
             raise LoraError(
                 f"{use.path} changes {len(missing)} tensors that {checkpoint.path} does not have ({some(missing)}); it is for a "
@@ -160,17 +165,37 @@ def _plan(
         left_out |= {f"{use.path.name}: {name}": "the base has no such tensor" for name in missing}
         left_out |= {f"{use.path.name}: {key}": "not understood" for key in lora.unmatched}
         left_out |= {f"{use.path.name}: {key}": reason for key, reason in lora.ignored.items()}
-        count = 0
-        for name, module in lora.modules.items():
-            if name in keys:
-                module.check(checkpoint.shape(name))
-                if (factor := use.factor(name)) != 0:
-                    plan.setdefault(name, []).append((factor, module))
-                    count += 1
-                else:
-                    left_out[f"{use.path.name}: {name}"] = "its strength is 0 there"
-        applied.append((use, count))
+        misfits = _misfits(checkpoint, {name: module for name, (_, module) in wanted.items() if name in keys})
+        fitting = {name: entry for name, entry in wanted.items() if name in keys and name not in misfits}
+        if misfits and not (allow_unmatched and fitting):
+            raise LoraError(_do_not_fit(use, misfits, bool(fitting)))
+        left_out |= {f"{use.path.name}: {name}": reason for name, reason in misfits.items()}
+        left_out |= {f"{use.path.name}: {name}": "its strength is 0 there" for name in lora.modules if name not in wanted}
+        for name, entry in fitting.items():
+            plan.setdefault(name, []).append(entry)
+        applied.append((use, len(fitting)))
     return plan, applied, left_out
+
+
+def _misfits(checkpoint: Checkpoint, modules: Mapping[str, LoraModule]) -> dict[str, str]:
+    """{tensor: why what the LoRA does to it cannot be done, with both shapes}."""
+    misfits: dict[str, str] = {}
+    for name, module in modules.items():
+        try:
+            module.check(checkpoint.shape(name))
+        except LoraError as error:
+            misfits[name] = str(error)
+    return misfits
+
+
+def _do_not_fit(use: LoraUse, misfits: Mapping[str, str], others_fit: bool) -> str:
+    first = next(iter(misfits.values()))
+    if not others_fit:
+        return f"{use.path}: nothing of it fits: {first}"
+    return (
+        f"{use.path}: {len(misfits)} of its tensors do not fit ({some(list(misfits))}): {first}; to merge the rest all the same, "
+        f"name its blocks ({use.path.name}:{use.strength:g}:BLOCKS) or allow unmatched keys (--allow-unmatched)"
+    )
 
 
 def _read_all(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
@@ -204,12 +229,12 @@ def _reporting(
 class _Record:
     """What the merged file says of its making."""
 
-    def __init__(self, base: Path, opened: Sequence[tuple[LoraUse, Lora]]) -> None:
-        self._base = base.name
+    def __init__(self, base: Path, weights: str | None, opened: Sequence[tuple[LoraUse, Lora]]) -> None:
+        self._base = {"file": base.name} | ({} if weights is None else {"weights": weights})
         self._loras = [
             {"file": use.path.name, "sha256": sha256_of([lora.path]), "strength": use.strength, "blocks": use.blocks.text}
             for use, lora in opened
         ]
 
     def text(self, base_hash: str) -> str:
-        return json.dumps({"base": {"file": self._base, "sha256": base_hash}, "loras": self._loras})
+        return json.dumps({"base": {**self._base, "sha256": base_hash}, "loras": self._loras})

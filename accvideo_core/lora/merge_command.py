@@ -30,8 +30,10 @@ class MergeArgs:
     dtype: Literal["keep", "bf16", "fp16", "fp32", "fp8_e4m3fn", "scaled_fp8"] = "keep"
     """What the values are stored as; keep leaves every tensor its own. Both kinds of fp8 are for the weights of Linears:
     fp8_e4m3fn rounds what changed by chance, scaled_fp8 gives each a scale."""
+    weights: str | None = None
+    """Which network of a base .pt file that holds several: module (the default), ema, ..."""
     allow_unmatched: bool = False
-    """Leave out what belongs to no tensor of the base, instead of refusing."""
+    """Leave out what belongs to no tensor of the base, or to one of another shape, instead of refusing."""
     overwrite: bool = False
     """Replace the file if it exists."""
     json: bool = False
@@ -47,6 +49,7 @@ def run(args: MergeArgs) -> int:
             uses,
             args.out,
             dtype=DTYPES[args.dtype],
+            weights=args.weights,
             overwrite=args.overwrite,
             allow_unmatched=args.allow_unmatched,
             progress=advance,

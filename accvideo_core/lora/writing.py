@@ -6,6 +6,7 @@ Everywhere the scale is 1: alpha, where it is written, is the rank.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,8 @@ def write_peft(changes: Mapping[str, Change], family: str) -> Written:
             if with_bias:
                 out[f"{stem}.lora_B.bias"] = shift
     rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {name: r for name, r in ranks.items() if r != rank}
+    # PEFT takes a pattern for the end of a name: `proj_out` alone would also be every `single_transformer_blocks.N.proj_out`.
+    others = {"^" + re.escape(name): r for name, r in ranks.items() if r != rank}
     settings = {
         "r": rank,
         "lora_alpha": rank,

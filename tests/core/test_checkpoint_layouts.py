@@ -135,7 +135,7 @@ class TestPytorch:
     def test_two_networks_no_rule_chooses_between_are_an_error(self, tmp_path):
         state = random_state(HUNYUAN)
         torch.save({"model": state, "ema": state}, tmp_path / "f.pt")
-        assert "several networks (ema, model)" in error_of(tmp_path / "f.pt")
+        assert "several networks (ema, model); say which one: --weights ema or --weights model" in error_of(tmp_path / "f.pt")
 
     def test_it_is_mapped_and_not_read_when_opened(self, tmp_path):
         path = pytorch("module")(tmp_path, random_state(HUNYUAN)).path

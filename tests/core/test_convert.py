@@ -362,6 +362,20 @@ class TestCommand:
         assert main(["convert", str(source), str(tmp_path / "out"), "--dtype", "int8"]) == 2
         assert "one of the inputs" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("name", ["out.pt", "out.pth", "out.BIN", "out.ckpt", "out.gguf"])
+    def test_a_file_named_as_another_kind_is_refused(self, tmp_path, source, name):
+        with pytest.raises(OutputError, match=rf"{name}.*safetensors is what is written; name it out\.safetensors"):
+            convert(source, tmp_path / name)
+        assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
+        convert(source, tmp_path / name, "diffusers")  # a folder may have any name
+
+    @pytest.mark.parametrize("size", ["nan", "inf", "0", "-1", "1e-12"])
+    def test_shards_of_no_size(self, tmp_path, source, capsys, size):
+        arguments = ["convert", str(source), str(tmp_path / "out"), "--layout", "diffusers", f"--shard-gb={size}"]
+        assert main(arguments) == InvalidValueError.exit_code
+        assert f"--shard-gb {size} is no size" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
     def test_inspect_knows_a_lora(self, tmp_path, source, capsys):
         save_file(
             {

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from accvideo_core import cli
+from accvideo_core.checkpoint import open_checkpoint
 from accvideo_core.checkpoint.convert import convert
 from accvideo_core.dit import DiTConfig
 from accvideo_core.errors import AccVideoError, InvalidValueError, LoraError
@@ -200,6 +201,7 @@ def test_inputs_that_do_not_belong_together_or_do_not_differ(tmp_path: Path, pai
         "rank 0": lambda: extract_lora(tuned, base, out, 0),
         "energy 98": lambda: extract_lora(tuned, base, out, energy=98),
         "unknown key format": lambda: extract_lora(tuned, base, out, key_format="a1111"),
+        "safetensors is what is written": lambda: extract_lora(tuned, base, tmp_path / "out.ckpt"),
         "one of the inputs": lambda: extract_lora(tuned, base, base, overwrite=True),
         "is one of the inputs": lambda: extract_lora(tuned, folder, inside, overwrite=True),
         "exists": lambda: extract_lora(tuned, base, other),
@@ -229,6 +231,38 @@ def test_values_too_large_for_fp16_are_an_error_and_not_infinities(
     with pytest.raises(LoraError, match="too large"):
         extract_lora(tmp_path / "huge.safetensors", base, tmp_path / "lora.safetensors")
     assert extract_lora(tmp_path / "huge.safetensors", base, tmp_path / "lora.safetensors", dtype=torch.bfloat16).modules
+
+
+def test_sides_of_several_networks(
+    tmp_path: Path, pair: tuple[Path, Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned, base, state = pair
+    both = tmp_path / "both.pt"
+    torch.save({"model": load_file(base), "ema": state}, both)
+    extract_lora(tuned, base, tmp_path / "a.safetensors", 4)
+    arguments = ["extract-lora", str(both), str(both), "-r", "4", "-o", str(tmp_path / "b.safetensors")]
+    assert cli.main(arguments) == 1 and "--weights" in capsys.readouterr().err
+    assert cli.main([*arguments, "--weights", "ema", "--base-weights", "model"]) == 0
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_merging_into_one_of_several_networks(
+    tmp_path: Path, pair: tuple[Path, Path, dict[str, Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The message names what to write, and that works."""
+    state, two, out = load_file(pair[1]), tmp_path / "two.pt", tmp_path / "out.safetensors"
+    lora = write("diffusers", state).save(tmp_path / "lora.safetensors")
+    torch.save({"model": state, "ema": {name: value * 2 for name, value in state.items()}}, two)
+    arguments = ["merge-lora", str(two), "-l", f"{lora}:0.5:double.0", "-o", str(out)]
+    assert cli.main(arguments) == 1
+    assert "--weights ema or --weights model" in capsys.readouterr().err
+    for name, times in (("model", 1), ("ema", 2)):
+        assert cli.main([*arguments, "--weights", name, "--overwrite"]) == 0
+        assert torch.equal(load_file(out)["img_in.proj.weight"], times * state["img_in.proj.weight"])
+        with open_checkpoint(out) as merged:
+            assert json.loads(merged.metadata["accvideo_merge"])["base"]["weights"] == name
+    assert cli.main(["inspect", str(two), "--weights", "ema"]) == 0
 
 
 def test_the_command_extracts_and_reports(

@@ -109,6 +109,34 @@ def test_alpha_over_rank_and_one_without(tmp_path: Path) -> None:
         assert scales == {f"{QKV}.weight": 0.25, "double_blocks.0.img_mlp.fc2.weight": 1.0}
 
 
+TO_OUT = "transformer_blocks.0.attn.to_out.0"
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "base_model.model.", "diffusion_model.", ""])
+@pytest.mark.parametrize("pattern", [f"^{TO_OUT}", TO_OUT, r"to_out\.\d", r"^transformer_blocks\.0\.attn\.to_out\.0"])
+def test_alpha_patterns_are_for_the_bare_name(tmp_path: Path, prefix: str, pattern: str) -> None:
+    """PEFT never sees what a file puts before its names."""
+    tensors = pair(f"{prefix}{TO_OUT}", H, rank=8, a="lora_A", b="lora_B")
+    settings = {"transformer.r": 8, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {pattern: 2}}
+    with read_lora(save(tmp_path, tensors, {"lora_adapter_metadata": json.dumps(settings)})) as lora:
+        assert [part.scale for module in lora.modules.values() for part in module.parts] == [0.25]
+
+
+def test_finetrainers_metadata_gives_alpha_where_nothing_else_does(tmp_path: Path) -> None:
+    tensors = pair(f"transformer.{TO_OUT}", H, rank=8, a="lora_A", b="lora_B")
+    metadata = {"lora_config": json.dumps({"r": 8, "lora_alpha": 2, "init_lora_weights": True, "target_modules": ["to_out"]})}
+
+    def scale(more: dict[str, Tensor], said: dict[str, str]) -> float:
+        with read_lora(save(tmp_path, tensors | more, metadata | said)) as lora:
+            (module,) = lora.modules.values()
+            return module.parts[0].scale
+
+    assert scale({}, {}) == 0.25
+    assert scale({}, {"lora_adapter_metadata": json.dumps({"lora_alpha": 4})}) == 0.5
+    assert scale({}, {"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 4})}) == 0.25
+    assert scale({f"transformer.{TO_OUT}.alpha": torch.tensor(8.0)}, {}) == 1.0
+
+
 def test_differences_in_the_wild(tmp_path: Path) -> None:
     """A bias alone, norms under either name, a whole weight, zeros for layers that have nothing to change."""
     stem = "diffusion_model.double_blocks.0."
@@ -310,6 +338,12 @@ BAD: dict[str, tuple[dict[str, Tensor], dict[str, str], str]] = {
         {"lora_adapter_metadata": json.dumps({"lora_alpha": 1, "alpha_pattern": {"(": 1}})},
         "damaged",
     ),
+    "finetrainers' metadata": (pair(QKV), {"lora_config": "{"}, "lora_config is damaged"),
+    "a LoKr's settings": (
+        {f"{QKV}.lokr_w1": torch.zeros(3, 2), f"{QKV}.lokr_w2": torch.zeros(H, H // 2)},
+        {"lora_adapter_metadata": json.dumps({"peft_type": "LOKR", "alpha": 1})},
+        "alpha without 'r'",
+    ),
     "alpha infinite": (pair(QKV), {"lora_adapter_metadata": json.dumps({"lora_alpha": 1e999})}, "no scale"),
     "loha cut": ({f"{QKV}.hada_w1_a": torch.zeros(H, 4)}, {}, "not all"),
     "lokr of vectors": ({f"{QKV}.lokr_w1": torch.zeros(3), f"{QKV}.lokr_w2": torch.zeros(H, H)}, {}, "fit each"),
@@ -359,6 +393,14 @@ def test_missing_folders_and_truncation(tmp_path: Path) -> None:
         (tmp_path / "cut.safetensors").write_bytes(whole[:cut])
         with pytest.raises(LoraError):
             read_lora(tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(64, 1), (1, 64), (H + 1,)], ids=str)
+def test_magnitudes_that_fit_no_weight_are_told_from_the_header(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = save(tmp_path, pair(QKV) | {f"{QKV}.dora_scale": torch.ones(shape)})
+    for call in (read_lora, describe):
+        with pytest.raises(LoraError, match=r"dora_scale .* fits no weight of 384 rows and 128 columns"):
+            call(path)
 
 
 def test_nan_is_found_when_the_values_are_read(tmp_path: Path) -> None:

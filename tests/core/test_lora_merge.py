@@ -315,6 +315,49 @@ def test_a_lora_of_another_size_family_or_depth_is_refused_by_name(
     )
 
 
+def test_what_has_another_shape_is_left_out_by_blocks_or_by_allowing_it(
+    tmp_path: Path, states: dict[str, dict[str, Tensor]]
+) -> None:
+    """A text-to-video LoRA of Wan has a patch embedding for 16 channels, image-to-video takes 36."""
+    state, out = states["wan"], tmp_path / "out.safetensors"
+    save_file(state, tmp_path / "i2v.safetensors")
+    stem, embedding = "diffusion_model.blocks.0.self_attn.q", "patch_embedding.weight"
+    tensors = {f"{stem}.lora_down.weight": torch.randn(4, 128), f"{stem}.lora_up.weight": torch.randn(128, 4)}
+    alone = {"diffusion_model.patch_embedding.diff": torch.randn(128, 16, 1, 2, 2)}
+    lora, useless = tmp_path / "t2v.safetensors", tmp_path / "useless.safetensors"
+    save_file(tensors | alone, lora)
+    save_file(alone, useless)
+
+    def merge(use: Path | LoraUse, **options: bool) -> merge_module.MergeReport:
+        return merge_lora(tmp_path / "i2v.safetensors", [use], out, **options)
+
+    refused(tmp_path, lambda: merge(lora), LoraError, "128 x 64", "128 x 144", "t2v.safetensors:1:BLOCKS", "--allow-unmatched")
+    refused(tmp_path, lambda: merge(useless, allow_unmatched=True), LoraError, "nothing of it fits", "128 x 64", "128 x 144")
+    by_blocks = merge(LoraUse(lora, 1, parse_blocks("blocks")))
+    assert by_blocks.changed == 1 and "strength is 0" in by_blocks.left_out[f"t2v.safetensors: {embedding}"]
+    allowed = merge(lora, allow_unmatched=True, overwrite=True)
+    assert allowed.changed == 1 and allowed.applied[0][1] == 1
+    assert "128 x 64" in (why := allowed.left_out[f"t2v.safetensors: {embedding}"]) and "128 x 144" in why
+    merged = load_file(out)
+    assert [name for name in state if not torch.equal(merged[name], state[name])] == ["blocks.0.self_attn.q.weight"]
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_nothing_in_a_peft_folder_that_is_read_is_the_output(
+    tmp_path: Path, base: Path, states: dict[str, dict[str, Tensor]], name: str
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    write("PEFT", states["hunyuan-video"]).save(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4}))
+    refused(folder, lambda: merge_lora(base, [folder], folder / name, overwrite=True), OutputError, "one of the inputs")
+
+
+@pytest.mark.parametrize("name", ["out.pt", "out.PTH", "out.bin", "out.ckpt", "out.gguf"])
+def test_an_output_named_as_another_kind_of_file_is_refused(tmp_path: Path, base: Path, lora: Path, name: str) -> None:
+    refused(tmp_path, lambda: merge_lora(base, [lora], tmp_path / name), OutputError, "safetensors is what is written", name)
+
+
 def test_nan_factors_are_refused_even_late(tmp_path: Path, base: Path, lora: Path) -> None:
     tensors = load_file(lora)
     key = next(key for key in reversed(tensors) if "lora_B" in key)

@@ -148,6 +148,61 @@ def test_pefts_split_pairs_stack_exactly_and_share_their_rank_where_they_can(tmp
         assert down.shape == (4, 128) and torch.equal(scale * up @ down, module.delta((3 * 128, 128)))
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["factors", "whole matrices"])
+@pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
+def test_pefts_loha_and_lokr_are_scaled_by_alpha_over_r(tmp_path: Path, kind: str, whole: bool) -> None:
+    """By `alpha` and the patterns of the settings; PEFT's LoKr keeps that scale where its tensors show no rank."""
+    torch.manual_seed(3)
+    state = random_weights(SMALL)
+    model = network(state)
+    first, second = "transformer_blocks.0.attn.to_out.0", "transformer_blocks.0.attn.to_add_out"
+    r = 64 if whole else 3
+    patterns = {"rank_pattern": {"to_add_out": r + 1}, "alpha_pattern": {f"^{first}": 5}}
+    kinds = {"LoHa": peft.LoHaConfig, "LoKr": peft.LoKrConfig}
+    settings = kinds[kind](r=r, alpha=2, target_modules=[first, second], init_weights=False, **patterns)
+    wrapped = peft.get_peft_model(model, settings)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    stored = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert (kind == "LoKr" and whole) == any(key.endswith("lokr_w2") for key in stored)
+    with read_lora(tmp_path / "adapter") as lora:
+        for name, tensor, scale in ((first, "img_attn_proj", 5 / r), (second, "txt_attn_proj", 2 / (r + 1))):
+            module = lora.modules[f"double_blocks.0.{tensor}.weight"]
+            assert module.parts[0].scale == pytest.approx(scale)
+            want = model.get_submodule(name).get_delta_weight("default").detach()
+            assert torch.allclose(module.delta((128, 128)), want, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_that_differ_reach_their_own_modules_alone(tmp_path: Path) -> None:
+    """`proj_out` is a module of its own and the end of the single blocks' names too, as PEFT's patterns read them."""
+    state = random_weights(SMALL)
+    generator = torch.Generator().manual_seed(4)
+    ranks = {"final_layer.linear.weight": 2, "double_blocks.0.img_attn_proj.weight": 3}
+    ranks |= {f"single_blocks.{i}.linear{j}.weight": 8 for i in (0, 1) for j in (1, 2)}
+    tuned = {name: value.clone() for name, value in state.items()}
+    for name, rank in ranks.items():
+        rows, columns = state[name].shape
+        tuned[name] += 0.02 * torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    save_file(state, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    out = tmp_path / "lora.safetensors"
+    settings: dict[str, Any] = {"energy": 0.999999, "key_format": "peft", "dtype": torch.float32}
+    extract_lora(tmp_path / "tuned.safetensors", tmp_path / "base.safetensors", out, 64, **settings)
+    with read_lora(out) as lora:
+        assert len({part.rank for module in lora.modules.values() for part in module.parts}) > 2
+        assert {part.scale for module in lora.modules.values() for part in module.parts} == {1.0}
+    merge_lora(tmp_path / "base.safetensors", [out], tmp_path / "merged.safetensors")
+    for name, value in load_file(tmp_path / "merged.safetensors").items():
+        assert float((value - tuned[name]).norm()) <= 1e-3 * float(tuned[name].norm()), name
+    model = network(state)
+    loader = diffusers.HunyuanVideoPipeline
+    loaded, metadata = loader.lora_state_dict(str(out), return_lora_metadata=True)
+    with torch.no_grad():
+        before, want = forward(model), forward(network(tuned))
+        loader.load_lora_into_transformer(loaded, model, metadata=metadata)
+        got = forward(model)
+    assert float((got - want).norm()) <= 1e-2 * float((want - before).norm())
+
+
 @pytest.mark.parametrize("biases", [False, True])
 def test_diffusers_loads_what_we_extract_and_gives_the_tuned_model(tmp_path: Path, biases: bool) -> None:
     """The PEFT key format: diffusers' own loader, fused rows split, the final layer's halves swapped, biases beside pairs."""
