@@ -152,11 +152,12 @@ def capture(
             if len(faults) > MAX_FAULTS:
                 raise SynVidError(f"{len(faults)} trajectories could not be stored, so the capture gives up; {'; '.join(faults)}")
 
-    order, others = list(reversed(items)), _Others(store)
+    order, others, alone = list(reversed(items)), _Others(store), True
     with ThreadPoolExecutor(1, "synvid-writer") as writer:  # leaving waits for what is being written
         for coming in batches((order.pop() for _ in items), batch):
-            if others.are_at_work():
-                order.sort(key=lambda item: hashlib.sha256(f"{store.writer} {item.id}".encode()).digest())  # not side by side
+            if others.are_at_work() and alone:
+                alone = False  # from here on in an order of its own, so that they do not go side by side
+                order.sort(key=lambda item: hashlib.sha256(f"{store.writer} {item.id}".encode()).digest())
             group, texts = _readable(plan, others.leave(coming), faults)
             if not group:
                 continue
