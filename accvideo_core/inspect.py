@@ -63,16 +63,16 @@ def _inspect_dataset(args: InspectArgs) -> int:
     else:
         report = describe(args.file)
     damaged, unsound = report.pop("damaged files"), report.pop("damaged samples")
+    if args.sheet is not None:  # before a withdrawal, which may leave nothing to show
+        try:
+            report["sheet"] = _write_sheet(args, unsound)
+        except SynVidError as error:
+            report["problems"].append(f"no sheet: {error}")
     if args.withdraw:
         store = SynVidStore(args.file)
         for file in damaged:
             store.withdraw(file)
         report["withdrawn"] = damaged
-    if args.sheet is not None:
-        try:
-            report["sheet"] = _write_sheet(args, unsound)
-        except SynVidError as error:
-            report["problems"].append(f"no sheet: {error}")
     return _print(report, args.json)
 
 

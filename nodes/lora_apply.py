@@ -139,10 +139,8 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
                 if name is None:
                     misfits[tensor] = "the model has no such tensor"
                     continue
-                try:
-                    module.check(shapes[name])
-                except LoraError as error:
-                    misfits[tensor] = str(error)
+                if why := module.misfit(shapes[name]):
+                    misfits[tensor] = why
                     continue
                 factor = entry.use.factor(tensor)
                 (applied if factor else elsewhere)[tensor] = module

@@ -23,7 +23,7 @@ from ..dit.attention import AUTO, check, usable
 from ..errors import InvalidValueError
 from ..schedule import PRESETS
 from .layouts import some
-from .quantised import FLOAT8
+from .quantised import FLOAT8, all_finite, count_not_finite
 from .reader import Checkpoint, load_student, open_checkpoint
 
 _STEP_LATENT = (1, 16, 3, 16, 16)  # 9 frames of 128 x 128
@@ -135,11 +135,9 @@ def check_values(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[str]]:
     with tqdm(total=total, unit="B", unit_scale=True, desc="self-check", leave=False) as progress:
         for key in checkpoint:
             tensor = checkpoint.read(key)
-            values = tensor.to(torch.bfloat16) if tensor.dtype in FLOAT8 else tensor
-            if not bool(torch.isfinite(values).all()):
-                bad = int((~torch.isfinite(values)).sum())
-                broken.append(f"{key} ({bad} of {values.numel()} values)")
-            elif not bool(values.any()):
+            if not all_finite(tensor):
+                broken.append(f"{key} ({count_not_finite(tensor)} of {tensor.numel()} values)")
+            elif not bool((tensor.to(torch.bfloat16) if tensor.dtype in FLOAT8 else tensor).any()):
                 (zero_biases if key.endswith(".bias") else dead).append(key)
             progress.update(tensor.numel() * tensor.dtype.itemsize)
     problems = []

@@ -199,7 +199,16 @@ def scale_name(weight: str) -> str:
 
 def all_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, of any dtype."""
-    return bool(torch.isfinite(values.to(torch.bfloat16) if values.dtype in FLOAT8 else values).all())
+    return bool(_finite(values).all())
+
+
+def count_not_finite(values: torch.Tensor) -> int:
+    """How many values are NaN or infinite, of any dtype."""
+    return int((~_finite(values)).sum())
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(values.to(torch.bfloat16) if values.dtype.itemsize == 1 else values)  # fp8 has no isfinite of its own
 
 
 def is_scaled_without_scales(values: torch.Tensor) -> bool:

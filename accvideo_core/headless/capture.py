@@ -125,7 +125,8 @@ def run(args: CaptureArgs) -> int:
         print(f"left out: {fault}", file=sys.stderr)
     elsewhere = len(items) - len(faults) - captured
     if args.json:
-        print(json_module.dumps({"dataset": str(args.out), "rank": rank, "captured": captured, "left_out": faults}))
+        told = {"dataset": str(args.out), "rank": rank, "captured": captured, "elsewhere": elsewhere, "left_out": faults}
+        print(json_module.dumps(told))
     else:
         others = f", {elsewhere} by others meanwhile" if elsewhere else ""
         print(f"{args.out}: {captured} trajectories captured by process {rank}{others}, {len(faults)} left out")

@@ -21,17 +21,12 @@ from math import prod
 
 import torch
 
+from ..checkpoint.quantised import all_finite
 from ..checkpoint.shards import Container
 from ..errors import LoraError
 
 MAGNITUDES = ("magnitude", "row_magnitude")
 LOW_RANK, LOHA, LOKR, DIFFERENCE, REPLACEMENT = "low-rank", "loha", "lokr", "difference", "replacement"
-
-
-def count_not_finite(tensor: torch.Tensor) -> int:
-    """How many values are NaN or infinite."""
-    values = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
-    return int((~torch.isfinite(values)).sum())
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class StoredTensor:
     def read(self) -> torch.Tensor:
         """In its stored dtype. LoraError for values that are not finite: they would spoil every weight they touch."""
         tensor = self.file.read(self.key)
-        if count_not_finite(tensor):
+        if not all_finite(tensor):
             raise LoraError(f"{self.file.path}: {self.key} has values that are NaN or infinite; the file is damaged")
         return tensor
 
@@ -247,6 +242,14 @@ class LoraModule:
                     f"{part.source} changes {part.shape[0]} x {part.shape[1]} values but {where}{self.tensor} is "
                     f"{rows} x {columns}: the LoRA is of another model"
                 )
+
+    def misfit(self, shape: Sequence[int]) -> str:
+        """Why it cannot change a tensor of that shape, with both shapes; empty if it can."""
+        try:
+            self.check(shape)
+        except LoraError as error:
+            return str(error)
+        return ""
 
     def delta(self, shape: Sequence[int], weight: torch.Tensor | None = None) -> torch.Tensor:
         """The difference at strength 1 for a tensor of that shape: fp32, or fp64 for an fp64 weight.

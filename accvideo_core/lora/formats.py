@@ -18,8 +18,9 @@ from typing import Any
 
 from ..checkpoint.containers import PEFT_FILES, adapter_file, open_container
 from ..checkpoint.layouts import some
+from ..checkpoint.quantised import count_not_finite
 from ..errors import AccVideoWarning, CheckpointError, LoraError
-from .adapters import DIFFERENCE, LOHA, LOKR, LOW_RANK, REPLACEMENT, LoraModule, LoraPart, StoredTensor, count_not_finite
+from .adapters import DIFFERENCE, LOHA, LOKR, LOW_RANK, REPLACEMENT, LoraModule, LoraPart, StoredTensor
 from .alphas import ratio, read_alphas
 from .names import (
     COMFYUI_NAMES,
@@ -249,11 +250,8 @@ class Lora:
 
     def not_finite(self) -> list[str]:
         """Keys of tensors with NaN or infinities, each with how many; reads the whole file."""
-        broken = []
-        for key in self._file.tensors:
-            bad = count_not_finite(self._file.read(key))
-            broken += [f"{key} ({bad} values)"] if bad else []
-        return broken
+        counts = {key: count_not_finite(self._file.read(key)) for key in self._file.tensors}
+        return [f"{key} ({count} values)" for key, count in counts.items() if count]
 
     def close(self) -> None:
         self._file.close()

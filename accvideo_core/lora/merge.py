@@ -165,8 +165,9 @@ def _plan(
         left_out |= {f"{use.path.name}: {name}": "the base has no such tensor" for name in missing}
         left_out |= {f"{use.path.name}: {key}": "not understood" for key in lora.unmatched}
         left_out |= {f"{use.path.name}: {key}": reason for key, reason in lora.ignored.items()}
-        misfits = _misfits(checkpoint, {name: module for name, (_, module) in wanted.items() if name in keys})
-        fitting = {name: entry for name, entry in wanted.items() if name in keys and name not in misfits}
+        there = {name: entry for name, entry in wanted.items() if name in keys}
+        misfits = {name: why for name, (_, module) in there.items() if (why := module.misfit(checkpoint.shape(name)))}
+        fitting = {name: entry for name, entry in there.items() if name not in misfits}
         if misfits and not (allow_unmatched and fitting):
             raise LoraError(_do_not_fit(use, misfits, bool(fitting)))
         left_out |= {f"{use.path.name}: {name}": reason for name, reason in misfits.items()}
@@ -175,17 +176,6 @@ def _plan(
             plan.setdefault(name, []).append(entry)
         applied.append((use, len(fitting)))
     return plan, applied, left_out
-
-
-def _misfits(checkpoint: Checkpoint, modules: Mapping[str, LoraModule]) -> dict[str, str]:
-    """{tensor: why what the LoRA does to it cannot be done, with both shapes}."""
-    misfits: dict[str, str] = {}
-    for name, module in modules.items():
-        try:
-            module.check(checkpoint.shape(name))
-        except LoraError as error:
-            misfits[name] = str(error)
-    return misfits
 
 
 def _do_not_fit(use: LoraUse, misfits: Mapping[str, str], others_fit: bool) -> str:

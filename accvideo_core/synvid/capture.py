@@ -149,8 +149,8 @@ def capture(
             faults.extend(found)
             if progress is not None:
                 progress(count - len(found))
-            if len(faults) > MAX_FAULTS:
-                raise SynVidError(f"{len(faults)} trajectories could not be stored, so the capture gives up; {'; '.join(faults)}")
+        if len(faults) > MAX_FAULTS:
+            raise SynVidError(f"{len(faults)} trajectories could not be stored, so the capture gives up; {'; '.join(faults)}")
 
     order, others, alone = list(reversed(items)), _Others(store), True
     with ThreadPoolExecutor(1, "synvid-writer") as writer:  # leaving waits for what is being written
@@ -160,6 +160,7 @@ def capture(
                 order.sort(key=lambda item: hashlib.sha256(f"{store.writer} {item.id}".encode()).digest())
             group, texts = _readable(plan, others.leave(coming), faults)
             if not group:
+                settle(WAITING)
                 continue
             keys, noise, seconds = trajectory(network, condition, store, texts, negative, group, device)
             settle(WAITING - 1)
@@ -191,7 +192,7 @@ class _Others:
         return [item for item in items if self._now.get(item.id) in (None, self._before.get(item.id))]
 
     def _others(self) -> dict[str, int]:
-        return {name: size for name, size in self._reader.folder.sizes("manifest").items() if name != self._own}
+        return {name: size for name, size in self._reader.sizes("manifest").items() if name != self._own}
 
     def _samples(self) -> dict[str, Sample]:
         return union(self._reader.entries()[0])

@@ -27,13 +27,14 @@ def describe(
     entries, faults = reader.entries()
     samples = list(union(entries).values())
     damages = reader.verify(progress) if verify else faults + reader.faults(samples)
+    unsound = sorted({damage.id for damage in damages if damage.id})
     shown = [f"{damage.file}: {damage.what}" + (f" (sample {damage.id})" if damage.id else "") for damage in damages]
     unnamed = reader.unnamed()
     header = reader.header
     return {
         "dataset": str(reader.folder),
         "samples": len(samples),
-        "damaged": len({damage.id for damage in damages if damage.id}),
+        "damaged": len(unsound),
         "verified": verify,
         "captured again": sum(isinstance(entry, Sample) for entry in entries) - len(samples),
         "shapes": {str(list(shape)): count for shape, count in sorted(Counter(sample.shape for sample in samples).items())},
@@ -44,7 +45,7 @@ def describe(
         "seconds a sample": round(statistics.fmean(sample.seconds for sample in samples), 3) if samples else None,
         "header": {**asdict(header), "sigmas": f"{len(header.sigmas)}, {header.sigmas[0]} to {header.sigmas[-1]}"},
         "key sigmas": [round(sigma, 5) for sigma in header.key_sigmas],
-        "damaged samples": sorted({damage.id for damage in damages if damage.id}),
+        "damaged samples": unsound,
         "damaged files": sorted({damage.file for damage in damages if damage.file.startswith("latents/")}),
         "problems": shown,
     }

@@ -91,8 +91,9 @@ def merge_synvid(
     sources = [(reader, reader.samples()) for reader in readers]
     known = dict(held)
     for reader, samples in sources:
+        earlier = f"{out}, or what comes before {reader.folder},"
         for name, sample in samples.items():
-            check_same(name, known.setdefault(name, sample).origin, sample.origin, reader.folder)
+            check_same(name, known.setdefault(name, sample).origin, sample.origin, earlier)
     already = len(set(held) & {name for _, samples in sources for name in samples})
     total = sum(members[0].bytes for members in grouped(known[name] for name in known.keys() - held.keys()).values())
     done = copied = moved = 0

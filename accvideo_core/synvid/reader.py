@@ -121,6 +121,13 @@ class SynVidReader:
         """(text (L, D), pooled (P,) or None) by hash. SynVidError if it is missing or not what was stored."""
         return read_text(self.folder, name)
 
+    def sizes(self, under: str) -> dict[str, int]:
+        """{name: bytes} of the files below a folder of the dataset. SynVidError if they cannot be listed."""
+        try:
+            return self.folder.sizes(under)
+        except OSError as error:
+            raise SynVidError(f"{self.folder}/{under} cannot be listed: {error}") from error
+
     # ---- what is whole ---------------------------------------------------------------------------------------------------
 
     def faults(self, samples: Iterable[Sample]) -> list[Damage]:
@@ -234,12 +241,6 @@ class SynVidReader:
         if not (sigma > 0.5 and alike > 0.5):  # the first key after the noise is still mostly that noise
             raise SynVidError(f"the noise of sample {sample.id} is not what it was captured with; {_OTHER_NOISE}")
         warnings.warn(f"{self.folder}: {_LAST_DIGITS}", AccVideoWarning, stacklevel=3)
-
-    def sizes(self, under: str) -> dict[str, int]:
-        try:
-            return self.folder.sizes(under)
-        except OSError as error:
-            raise SynVidError(f"{self.folder}/{under} cannot be listed: {error}") from error
 
     def _read_rows(self, sample: Sample, keys: Sequence[int]) -> list[Tensor]:
         names = ["noise" if key == self.header.segments else f"key_{key}" for key in keys]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -149,6 +150,14 @@ def test_an_encoding_that_cannot_be_read_takes_no_other_sample_with_it(tmp_path:
     assert len(faults) == 1 and "sample s02" in faults[0] and set(store.samples()) == {"s00", "s01", "s03"}
 
 
+def test_a_capture_gives_up_when_no_encoding_can_be_read(tmp_path: Path) -> None:
+    plan = small(tmp_path, 20)
+    shutil.rmtree(plan.path / "text")
+    store = SynVidStore(tmp_path / "data", Header.of("tiny", "0" * 64, 2, 2))
+    with pytest.raises(SynVidError, match="11 trajectories could not be stored.*sample s00"):
+        capture(lambda x, s, told: x.tanh(), plan, list(plan.items.values()), store)
+
+
 # ---- merging ------------------------------------------------------------------------------------------------------------
 
 
@@ -269,3 +278,5 @@ def test_a_sheet_beside_a_verification_shows_a_whole_sample_or_says_why_not(
     assert cli.main(words) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert len(problems) == 3 and problems[-1].startswith("no sheet: ")
+    assert cli.main([*words, "--withdraw"]) == 1  # everything, and the report is there all the same
+    assert len(json.loads(capsys.readouterr().out)["withdrawn"]) == 2 and not store.samples()

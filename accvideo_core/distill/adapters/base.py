@@ -123,7 +123,7 @@ class Adapter(ABC):
 
     def guidance(self, network: nn.Module, asked: float | None = None) -> float | None:
         """The scale that `conditioning` takes for this network: the one asked for, or the family's; None if it embeds none, and
-        InvalidValueError if one is asked for all the same."""
+        InvalidValueError if one is asked for all the same, or is not finite."""
         if asked is not None and not math.isfinite(asked):
             raise InvalidValueError(f"guidance is {asked}; it must be a finite number")
         if self.embeds_guidance(network):
