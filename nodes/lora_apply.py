@@ -135,16 +135,14 @@ def apply_stack(model: Any, stack: Iterable[StackedLora], allow_unmatched: bool 
             applied: dict[str, LoraModule] = {}
             elsewhere: dict[str, LoraModule] = {}
             for tensor, module in lora.modules.items():
-                name = native_name(tensor, lora.family, shapes)
-                if name is None:
+                if not (factor := entry.use.factor(tensor)):
+                    elsewhere[tensor] = module
+                elif (name := native_name(tensor, lora.family, shapes)) is None:
                     misfits[tensor] = "the model has no such tensor"
-                    continue
-                if why := module.misfit(shapes[name]):
+                elif why := module.misfit(shapes[name]):
                     misfits[tensor] = why
-                    continue
-                factor = entry.use.factor(tensor)
-                (applied if factor else elsewhere)[tensor] = module
-                if factor:
+                else:
+                    applied[tensor] = module
                     native[tensor] = name, shapes[name]
                     tensors.setdefault(tensor, []).append((module, factor))
             if misfits and not allow_unmatched:

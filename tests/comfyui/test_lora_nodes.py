@@ -42,6 +42,20 @@ def test_a_key_that_is_not_understood_is_an_error_unless_allowed(server: Server,
     assert f"NOT APPLIED: 1 keys that are not understood ({stranger})" in report
 
 
+def test_a_tensor_of_another_shape_can_be_left_out(server: Server, weights: Path) -> None:
+    """By blocks, as when merging, or by allowing what does not fit."""
+    img_in = {"lora_transformer_x_embedder_proj.lora_down.weight": torch.ones(2, 33 * 4)}
+    img_in["lora_transformer_x_embedder_proj.lora_up.weight"] = torch.ones(128, 2)
+    lora = put_lora(server, weights, name="image-to-video", **img_in)
+    message = server.refusal(applying(stacked(lora)))
+    assert "1 of 49 tensors do not fit this model (img_in.proj.weight: " in message and "choose a LoRA of this model" in message
+    (report,) = server.run(applying(stacked(lora, 1.0, "double, single"))).texts["apply"]
+    assert "78 of 79 modules applied" in report and "NOT APPLIED" not in report
+    assert "left out by strength 0 or blocks: 1 modules (lora_transformer_x_embedder_proj)" in report
+    (report,) = server.run(applying(stacked(lora), allow_unmatched=True)).texts["apply"]
+    assert "NOT APPLIED: 1 modules that do not fit this model (lora_transformer_x_embedder_proj)" in report
+
+
 @pytest.mark.parametrize(
     ("inputs", "sentence"),
     [
