@@ -102,6 +102,7 @@ def fidelity(model: Made, teacher: Made, forced: Tensor, rows: Sequence[Row]) ->
     trajectory_error           per key, RMS distance to the teacher's key over the distance the teacher went: teacher_forced since
                                its key before, self_rolled since the noise
     sliced_wasserstein, mmd    per key: model and floor; sliced_wasserstein also the ratio of the two
+    amplitude                  root mean square of the clean latents, the model's over the teacher's
     temporal_energy, high_frequency_energy  mean of the model over mean of the teacher, in latents and in pixels
     diversity                  squared distance of two clips of a prompt, the model's over the teacher's
     """
@@ -141,6 +142,8 @@ def fidelity(model: Made, teacher: Made, forced: Tensor, rows: Sequence[Row]) ->
         for name, made in (("model", own), ("floor", theirs)):
             discrepancy[name].append(measured(metrics.mmd(made[:, key], other, scale)))
     found["sliced_wasserstein"], found["mmd"] = far, discrepancy
+    squares = [made[:, 0].flatten(1).square().mean(1) for made in (own, theirs)]
+    found["amplitude"] = measured(metrics.root_ratio(*squares))
     for name, energy in (("temporal_energy", metrics.temporal_energy), ("high_frequency_energy", metrics.high_frequency_energy)):
         found[name] = {
             "latent": measured(metrics.ratio(energy(own[:, 0]), energy(theirs[:, 0]))),

@@ -15,6 +15,7 @@ from .metrics import Estimate
 NUMBERS, TABLES, PICTURE = FILES = ("report.json", "report.md", "report.png")
 RATIOS = {  # of the model to the teacher: where it is found, and what it is called
     ("right_ratio",): "right clips",
+    ("amplitude",): "amplitude, latent",
     ("temporal_energy", "latent"): "temporal difference, latent",
     ("temporal_energy", "pixels"): "temporal difference, pixels",
     ("high_frequency_energy", "latent"): "high frequencies, latent",

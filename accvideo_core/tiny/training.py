@@ -72,6 +72,9 @@ class TrainArgs:
     """Student only, with --push: the steps of the teacher's in a segment."""
     turns: tuple[int, ...] = ()
     """Student only: the segments that fill a batch in turn, 0 the one that begins with noise; default: all alike."""
+    amplitude: float = 1.0
+    """Student only: what to multiply the clean latents by that its last step is to lead to; 1 over the amplitude in the report
+    of accvideo evaluate -o takes a student that exaggerates, or fades, to its teacher's."""
     save_every: float = 120.0
     """Seconds between saves of the resumable state."""
 

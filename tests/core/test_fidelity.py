@@ -65,7 +65,7 @@ def test_the_teacher_against_itself_is_the_floor() -> None:
     assert found["trajectory_error"] == {name: [fidelity.Estimate(0, 0, 0)] * 5 for name in ("teacher_forced", "self_rolled")}
     assert found["sliced_wasserstein"]["model"] == found["sliced_wasserstein"]["floor"]
     assert all(abs(e.value) < 0.01 for e in found["mmd"]["floor"])
-    ones = [found["diversity"], *found["temporal_energy"].values(), *found["high_frequency_energy"].values()]
+    ones = [found["diversity"], found["amplitude"], *found["temporal_energy"].values(), *found["high_frequency_energy"].values()]
     ones += found["sliced_wasserstein"]["ratio"]
     assert all(e == fidelity.Estimate(1, 1, 1) for e in ones)
     assert all(e is None or e.value == 0 for e in found["open_tv"].values())
@@ -76,6 +76,7 @@ def test_every_measure_sees_what_it_is_for() -> None:
     model.frames[:, 1:] = model.frames[:, :1]  # nothing moves
     found = fidelity.fidelity(model, teacher, teacher.first[:, :5] + 1, rows)
     assert found["diversity"].value == pytest.approx(0.25, rel=0.05)
+    assert found["amplitude"].value == pytest.approx(0.5, rel=0.03)
     assert found["temporal_energy"]["latent"].value == pytest.approx(0.25, rel=0.05)
     assert found["high_frequency_energy"]["latent"].value == pytest.approx(0.25, rel=0.05)
     assert found["temporal_energy"]["pixels"].value == 0

@@ -186,11 +186,11 @@ def test_a_run_is_never_continued_with_other_trajectories(part, first, then, sai
 
 
 def test_a_student_that_needs_no_trajectories_goes_on_whatever_their_number(models, tmp_path, small):
-    how = {"weights": models, "start": weights_path("student"), "push": (0.0,) * 5}
+    how = {"weights": models, "start": weights_path("student"), "push": (0.0,) * 5, "amplitude": 0.97}
     for steps, count in ((1, 2), (2, 4)):
         (path,) = train("student", tmp_path, steps, trajectories=count, **how)
     with safe_open(path, "pt") as file:
-        assert (file.metadata()["trajectories"], file.metadata()["steps"]) == ("0", "2")
+        assert [file.metadata()[name] for name in ("trajectories", "steps", "amplitude")] == ["0", "2", "0.97"]
 
 
 def test_models_that_were_not_made_for_each_other_are_refused(tmp_path):
@@ -220,6 +220,9 @@ def test_bad_training_arguments_are_named(tmp_path):
     for start, push in ((None, (0.0, 1.0, 0.0, 0.0, 0.0)), (file, (1.0,)), (file, (0.0, math.inf, 0.0, 0.0, None))):
         with pytest.raises(InvalidValueError, match=re.escape(f"push is {push}; it has a number or None for each of the 5")):
             make_task(training.TrainArgs("student", start=start, push=push), tmp_path, torch.device("cpu"))
+    for amplitude in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InvalidValueError, match=f"amplitude is {amplitude}; it must be above 0"):
+            make_task(training.TrainArgs("student", amplitude=amplitude), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="teacher steps is 0; it must be at least 1"):
         make_task(training.TrainArgs("student", teacher_steps=0), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="teacher steps is 3, but no segment is pushed; give --push"):

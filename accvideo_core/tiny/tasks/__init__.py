@@ -35,6 +35,8 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         raise InvalidValueError(f"teacher steps is {args.teacher_steps}, but no segment is pushed; give --push, or leave it out")
     if not all(0 <= turn < KEYS for turn in args.turns):
         raise InvalidValueError(f"turns is {args.turns}; the segments are 0 to {KEYS - 1}, 0 the one that begins with noise")
+    if not 0 < args.amplitude < math.inf:
+        raise InvalidValueError(f"amplitude is {args.amplitude}; it must be above 0, and 1 leaves the clean latents as they are")
     if args.push and (args.dataset or args.early) and all(args.push[k] is not None for k in args.turns or range(KEYS)):
         raise InvalidValueError(
             f"push is {args.push}, so that every segment trained on is the student's own; leave out --dataset and --early, or "
@@ -51,5 +53,5 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         return GuidedTask(seed, device, weights, args.weaker)
     if part == "teacher":
         return TeacherTask(seed, device, weights, run, args.trajectories)
-    given = (args.trajectories, args.dataset, args.early, args.start, args.push, args.teacher_steps, args.turns)
+    given = (args.trajectories, args.dataset, args.early, args.start, args.push, args.teacher_steps, args.turns, args.amplitude)
     return StudentTask(seed, device, weights, run, *given)

@@ -52,6 +52,9 @@ class StudentTask:
     may become, which later steps do not part again: 1 goes away from one step of the teacher's, the mean of all there is, as
     guidance does, and as the guided base was pushed from a weaker one. 0 holds what the student does, and -1 is what the teacher
     does, from there: in the last segment, which trajectories of the teacher's alone teach from other beginnings, the better.
+
+    What is pushed, or taught by heads, has more energy than the teacher's clips, and what is learned as a mean less: `amplitude`
+    times the clean latent is where the last segment is to lead.
     """
 
     early_segments, early_steps = 3, 5  # and steps of each
@@ -71,6 +74,7 @@ class StudentTask:
         push: Sequence[float | None] = (),
         teacher_steps: int = 1,
         turns: Sequence[int] = (),
+        amplitude: float = 1.0,
     ) -> None:
         from .. import load_tiny, part_hash
 
@@ -80,9 +84,10 @@ class StudentTask:
         captured = dict(self.made_from)
         self.first = self.teacher if start is None else self.begin_with(start)
         self.turns, self.push, self.teacher_steps = turns or range(KEYS), push or [None] * KEYS, teacher_steps
-        for name, chosen in (("push", push), ("turns", turns), ("teacher_steps", [teacher_steps] if push else ())):
-            if chosen:
-                self.made_from[name] = " ".join(map(str, chosen))
+        self.amplitude = amplitude
+        chosen = {"push": push, "turns": turns, "teacher_steps": [teacher_steps] if push else ()}
+        chosen["amplitude"] = [amplitude] if amplitude != 1 else ()
+        self.made_from |= {name: " ".join(map(str, values)) for name, values in chosen.items() if values}
         self.network = copy.deepcopy(self.first)
         self.network.requires_grad_(True).train()
         self.model: nn.Module = self.network
@@ -157,6 +162,8 @@ class StudentTask:
             noisier[learned], target[learned] = self.segments(position[learned], index[learned])
         if own:
             noisier[own], target[own] = self.pushed(noise[rows][own].to(self.device), position[own], cond.rows(own))
+        last = position == KEYS - 1
+        target[last] = self.amplitude * target[last] + (1 - self.amplitude) / self.sigmas[KEYS - 1] * noisier[last]
         return self.error(self.network(noisier, self.sigmas[position], cond).float() - target).mean()
 
     def segments(self, position: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
