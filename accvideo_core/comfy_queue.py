@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from .comfy_client import SYNVID_MISSING, ComfyClient, ComfyError, ComfyForgot, ComfyRefused, ComfyUnreachable, Progress
 from .comfy_run import run_once, run_vbench
-from .comfy_workflow import Nodes, read_workflow, with_settings
+from .comfy_workflow import WRITER, Nodes, read_workflow, with_settings
 from .errors import InvalidValueError
 from .files import atomic_path, check_writable
 from .synvid import sample_id
 from .synvid.prompts import read_prompts
 from .synvid.wanted import wanted_samples
 
-WRITER, SAMPLER = "AccVideoSynVidWriter", "AccVideoTrajectorySampler"
+SAMPLER = "AccVideoTrajectorySampler"
 LATENT = "EmptyHunyuanLatentVideo"  # its width, height, length and batch_size say the shape; Wan 2.1 uses it, too
 IN_A_ROW = 10  # samples that may fail one after another before the whole is given up
 TRIES = 5  # how often a sample is queued again after ComfyUI forgot it

@@ -12,6 +12,7 @@ from .errors import InvalidValueError
 
 Nodes = dict[str, dict[str, Any]]
 TEXTS = ("text", "prompt", "value", "string")  # inputs that a text encoder, or a text node before it, keeps its words in
+WRITER = "AccVideoSynVidWriter"  # its `prompt` records the words that were encoded
 
 
 def read_workflow(path: Path) -> Nodes:
@@ -31,7 +32,7 @@ def with_settings(nodes: Nodes, settings: Iterable[str]) -> Nodes:
     """A copy with inputs set, each setting `name=value`.
 
     name   an input's name, which sets it wherever it is written into a node; `node.input` for one node, by its id, title or
-           class; or `prompt`, the text that leads to an input named positive
+           class; or `prompt`, the text that leads to an input named positive, and what a SynVid Writer records of it
     value  read as what the input holds now: a number, true or false, or text as it stands. ComfyUI's editor writes 1.0 as 1, so
            a whole number says nothing about what the input takes
     Raises InvalidValueError for a setting without "=", a name that nothing has, and a value of another kind.
@@ -49,40 +50,52 @@ def with_settings(nodes: Nodes, settings: Iterable[str]) -> Nodes:
 
 def find_inputs(nodes: Nodes, name: str) -> list[tuple[str, str]]:
     """Every (node, input) of that name which holds a value; InvalidValueError, listing the names there are, for none."""
-    before, _, key = name.rpartition(".")
     if name == "prompt" and (places := prompt_places(nodes)):
         return places
-    chosen = [node for node in nodes if not before or before in (node, nodes[node]["class_type"], _title(nodes[node]))]
-    held = [(node, it) for node in chosen for it, value in nodes[node]["inputs"].items() if not isinstance(value, list)]
-    if places := [(node, it) for node, it in held if it == key]:
+    held = [(node, key) for node, it in nodes.items() for key, value in it["inputs"].items() if not isinstance(value, list)]
+    # Compared whole: a title may have dots, and so has an input that comes with a choice (SaveVideo's format.codec).
+    if places := [(node, key) for node, key in held if name == key or name in (f"{it}.{key}" for it in _called(nodes, node))]:
         return places
-    if before and not chosen:
-        raise InvalidValueError(f"no node has the id, title or class {before!r}; there are {', '.join(map(_say, nodes.items()))}")
-    names = ", ".join(dict.fromkeys(it for _, it in held)) or "none"
+    before = next((it for node in nodes for it in _called(nodes, node) if name.startswith(f"{it}.")), "")
+    if "." in name and not before:
+        there, before = ", ".join(map(_say, nodes.items())), name.rpartition(".")[0]
+        raise InvalidValueError(f"no node has the id, title or class {before!r}; there are {there}")
+    chosen = [node for node in nodes if not before or before in _called(nodes, node)]
+    names = ", ".join(dict.fromkeys(key for node, key in held if node in chosen)) or "none"
     where = ", ".join(_say((node, nodes[node])) for node in chosen) if before else "the workflow"
-    raise InvalidValueError(f"no input {key!r} is written into {where}; there are {names}")
+    raise InvalidValueError(f"no input {name.removeprefix(f'{before}.')!r} is written into {where}; there are {names}")
 
 
 def prompt_places(nodes: Nodes) -> list[tuple[str, str]]:
-    """Where the words are that lead to an input named positive: the first texts met on the way back from there."""
-    places: dict[tuple[str, str], None] = {}
-    ways = [value for node in nodes.values() for key, value in node["inputs"].items() if key == "positive"]
-    seen: set[str] = set()
+    """Where the words are that lead to an input named positive, and where a SynVid Writer is told them for its dataset."""
+    places = _first_texts(nodes, [(node, key) for node, it in nodes.items() for key in it["inputs"] if key == "positive"])
+    if places:
+        told = [(node, "prompt") for node, it in nodes.items() if it["class_type"] == WRITER and "prompt" in it["inputs"]]
+        places += _first_texts(nodes, told)
+    return list(dict.fromkeys(places))
+
+
+def _first_texts(nodes: Nodes, inputs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The first texts met on the way back from these inputs."""
+    places, ways, seen = list[tuple[str, str]](), list(inputs), set[str]()
     while ways:
-        way = ways.pop(0)
-        node = str(way[0]) if isinstance(way, list) and way else ""
-        if node not in nodes or node in seen:
-            continue
-        seen.add(node)
-        inputs = nodes[node]["inputs"]
-        texts = [key for key in TEXTS if key in inputs]
-        places |= {(node, key): None for key in texts if isinstance(inputs[key], str)}
-        ways += [inputs[key] for key in texts] if texts else list(inputs.values())
-    return list(places)
+        node, key = ways.pop(0)
+        value = nodes[node]["inputs"][key]
+        if isinstance(value, str):
+            places.append((node, key))
+        source = str(value[0]) if isinstance(value, list) and value else ""
+        if source in nodes and source not in seen:
+            seen.add(source)
+            held = nodes[source]["inputs"]
+            texts = [it for it in TEXTS if it in held] or [it for it, given in held.items() if isinstance(given, list)]
+            ways += [(source, it) for it in texts]
+    return places
 
 
-def _title(node: Mapping[str, Any]) -> str:
-    return str(node.get("_meta", {}).get("title", ""))
+def _called(nodes: Nodes, node: str) -> list[str]:
+    """What a setting may call a node: its id, class and title."""
+    title = str(nodes[node].get("_meta", {}).get("title", ""))
+    return [node, nodes[node]["class_type"], *([title] if title else [])]
 
 
 def _say(item: tuple[str, Mapping[str, Any]]) -> str:

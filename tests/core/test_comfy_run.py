@@ -43,6 +43,8 @@ def test_settings_name_a_node_by_id_title_or_class_and_keep_its_kind() -> None:
     changed = with_settings(nodes, ["steps=8", "which=teacher", "width=128", "SaveVideo.filename_prefix=a/b=c"])
     assert changed["4"]["inputs"]["steps"] == 8 and changed["1"]["inputs"]["which"] == "teacher"
     assert changed["7"]["inputs"]["filename_prefix"] == "a/b=c" and nodes["4"]["inputs"]["steps"] == 5
+    assert with_settings(nodes, ["format.codec=h264"])["7"]["inputs"]["format.codec"] == "h264"
+    assert with_settings(nodes, ["SaveVideo.format.codec=h264"])["7"]["inputs"]["format.codec"] == "h264"
     nodes["4"]["inputs"]["kept"] = True
     assert with_settings(nodes, ["kept=false"])["4"]["inputs"]["kept"] is False
 
@@ -84,6 +86,20 @@ def test_the_words_are_found_through_other_nodes() -> None:
     assert changed["a"]["inputs"]["value"] == "new" and changed["n"]["inputs"]["text"] == "bad"
 
 
+@pytest.mark.parametrize("told", ["old", ["a", 0]], ids=["written", "linked"])
+def test_a_dataset_is_told_the_words_that_are_encoded(told: Any) -> None:
+    """Else AccVideo SynVid Writer would record the words that the workflow was exported with."""
+    nodes = {
+        "a": {"class_type": "PrimitiveString", "inputs": {"value": "old"}},
+        "b": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["z", 0], "text": "old"}},
+        "s": {"class_type": "AccVideoTrajectorySampler", "inputs": {"positive": ["b", 0], "seed": 1}},
+        "w": {"class_type": "AccVideoSynVidWriter", "inputs": {"trajectory": ["s", 1], "prompt": told, "dataset": "d"}},
+    }
+    changed = with_settings(nodes, ["prompt=new"])
+    recorded = changed["a"]["inputs"]["value"] if isinstance(told, list) else changed["w"]["inputs"]["prompt"]
+    assert changed["b"]["inputs"]["text"] == recorded == "new" and changed["w"]["inputs"]["dataset"] == "d"
+
+
 @pytest.mark.parametrize(
     ("setting", "sentence"),
     [
@@ -91,6 +107,7 @@ def test_the_words_are_found_through_other_nodes() -> None:
         ("sed=7", "no input 'sed' is written into the workflow; there are which, text, width"),
         ("KSampler.seed=7", "no node has the id, title or class 'KSampler'; there are AccVideoTinyModels .node 1."),
         ("4.model=7", "no input 'model' is written into AccVideoSampler .node 4.; there are seed, family, steps"),
+        ("7.format.codex=h264", "no input 'format.codex' is written into SaveVideo .node 7.; there are .*, format.codec"),
         ("seed=seven", "'seven' is no value for seed of AccVideoSampler .node 4.; it holds 1, so give a number"),
         ("seed=true", "'true' is no value for seed"),
         ("shift=true", "'true' is no value for shift of AccVideoSampler .node 4.; it holds 7.0, so give a number"),
