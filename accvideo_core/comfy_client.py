@@ -178,7 +178,8 @@ class ComfyClient:
         async with self._open("GET", "/view", params=query, timeout=self._file_timeout) as response:
             if response.status != 200:
                 raise ComfyError(
-                    f"ComfyUI has no file {file.filename!r} any more (status {response.status}); run the prompt again"
+                    f"ComfyUI has no file {file.filename!r} any more (status {response.status}), and saves none again for a "
+                    "prompt that it remembers; restart it, or change something, such as the seed, and run the prompt again"
                 )
             return await response.read()
 
@@ -268,6 +269,10 @@ class ComfyClient:
             try:
                 answer = json.loads(text) if text else {}
             except json.JSONDecodeError:
+                answer = None
+            if not isinstance(answer, dict):
+                if response.status == 200:  # the page of another server, or of a proxy that wants a login
+                    raise ComfyError(f"{self.url} answered {path} with no JSON object; is this really ComfyUI?")
                 answer = {"error": f"status {response.status}"}
             return response.status, answer
 
