@@ -44,7 +44,7 @@ def diffusion_model_path(name: str) -> Path:
 
 
 def _listed_path(kind: str, name: str, error: type[AccVideoError]) -> Path:
-    path = folder_paths.get_full_path(kind, name)
+    path = folder_paths.get_full_path(kind, name) if isinstance(name, str) else None  # null: a list that was empty when saved
     if path is None:
         folders = ", ".join(folder_paths.get_folder_paths(kind))
         raise error(f"no file {name!r} in ComfyUI's {kind} folders; put it into one of {folders} and refresh")
@@ -69,14 +69,21 @@ def lora_path(name: str) -> Path:
 def model_output(kind: str, name: str) -> tuple[Path, str]:
     """(file to write, its name in ComfyUI's list) for a `name` a user chose, in ComfyUI's folder of that kind (loras, ...).
 
-    The ending .safetensors is added. Raises InvalidValueError for a name that leads out of the folder or is none.
+    The ending .safetensors is added. Raises InvalidValueError for a name that leads out of the folder, is none, or is that of
+    a file in another of ComfyUI's folders of that kind: under one name ComfyUI loads the first it finds.
     """
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(kind)]
     folder = next((folder for folder in folders if folder.name == kind), folders[0])
     path = inside(folder, name)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")
-    return path, str(path.relative_to(folder))
+    listed = str(path.relative_to(folder))
+    found = folder_paths.get_full_path(kind, listed)
+    if found is not None and Path(found).resolve() != path.resolve():
+        raise InvalidValueError(
+            f"{name!r} would be {path}, but there is {found}, too, and ComfyUI finds only one of them; write another name"
+        )
+    return path, listed
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -100,7 +107,7 @@ def input_files(suffixes: Iterable[str]) -> list[str]:
 def input_path(name: str) -> Path:
     """Where a file of `input_files` lies; InvalidValueError when there is none of that name."""
     folder = Path(folder_paths.get_input_directory())
-    given = Path(name)
+    given = Path(str(name))  # null: a list that was empty when the workflow was saved
     path = folder / given
     if given.anchor or ".." in given.parts:
         raise InvalidValueError(f"{name!r} leads out of {folder}; write a name inside it")

@@ -172,6 +172,14 @@ def main() -> None:
     asked = [*told["inputs"], "nothing.txt", "../outside.txt", str(folder / "outside.txt"), "linked/../../outside.txt", ".", ""]
     told["input paths"] = {name: said(lambda name=name: bridge.input_path(name)) for name in asked}
 
+    # A new file's name: one of another folder's files, a file's own, a free one. And null, which a workflow has that was saved
+    # with an empty list.
+    (models / "kept.safetensors").touch()
+    names = ("hunyuan_video_720", "kept", "new")
+    told["outputs"] = {name: said(lambda name=name: bridge.model_output("diffusion_models", name)) for name in names}
+    finding = (bridge.diffusion_model_path, bridge.lora_path, bridge.input_path)
+    told["null"] = [said(lambda find=find: find(None)) for find in finding]
+
     # Patches in few rounds, in their order on every tensor.
     calls = []
     plain = comfy.model_patcher.ModelPatcher.add_patches

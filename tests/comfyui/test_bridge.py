@@ -71,6 +71,19 @@ def test_every_input_file_that_is_listed_is_found_and_none_outside(told: dict[st
         assert sentence is not None and repr(name) in sentence, name
 
 
+def test_a_new_file_has_a_name_that_comfyui_finds_it_by(told: dict[str, Any]) -> None:
+    """Else a loader linked to it would load a file of that name in another folder."""
+    assert (told["outputs"]["kept"], told["outputs"]["new"]) == (None, None)
+    message = told["outputs"]["hunyuan_video_720"]
+    assert message is not None and "accvideo_models/hunyuan_video_720.safetensors, too, and ComfyUI finds only one" in message
+
+
+def test_a_choice_that_is_null_is_a_file_that_is_not_there(told: dict[str, Any]) -> None:
+    folders = ("diffusion_models folders", "loras folders", "input folder")
+    for sentence, folder in zip(told["null"], folders, strict=True):
+        assert sentence is not None and "no file" in sentence and f"ComfyUI's {folder}" in sentence
+
+
 def test_patches_take_a_round_for_each_strength_and_keep_their_order(told: dict[str, Any]) -> None:
     assert len(told["rounds of two"]) == 2
     assert told["mixed"] == told["mixed wanted"]
