@@ -25,6 +25,7 @@ from .files import atomic_path
 
 Prompt = Mapping[str, Mapping[str, Any]]
 SILENCE = 5.0  # seconds without a word about a run, after which ComfyUI is asked whether it still knows it
+GATEWAY = (502, 503, 504)  # what a proxy answers while the ComfyUI behind it is down
 SYNVID_MISSING = "/accvideo/synvid/missing"  # what our pack answers: {dataset, ids} -> {dataset, missing}
 
 
@@ -280,13 +281,15 @@ class ComfyClient:
     async def _open(self, method: str, path: str, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
             async with self._http.request(method, f"{self.url}{path}", **options) as response:
+                if response.status in GATEWAY:
+                    raise self._unreachable(f"status {response.status}")
                 yield response
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, aiohttp.InvalidURL) as error:
             if isinstance(error, AccVideoError):
                 raise
             raise self._unreachable(error) from error
 
-    def _unreachable(self, error: BaseException) -> ComfyUnreachable:
+    def _unreachable(self, error: BaseException | str) -> ComfyUnreachable:
         reason = str(error) or type(error).__name__
         return ComfyUnreachable(
             f"no ComfyUI answers at {self.url} ({reason}); start it, or give the address it prints at its start"

@@ -159,16 +159,38 @@ def test_nobody_there() -> None:
 def test_a_page_is_not_taken_for_comfyui() -> None:
     """As a development server gives at any path, and a proxy that wants a login."""
 
-    async def page(request: web.Request) -> web.Response:
-        return web.Response(text="<html></html>", content_type="text/html")
+    for ask in ASKING:
+        with pytest.raises(ComfyError, match="with no JSON object; is this really ComfyUI"):
+            elsewhere(200, "<html></html>", ask)
+
+
+def test_a_proxy_whose_comfyui_is_down_is_nobody() -> None:
+    """So that a capture waits for it, as without a proxy."""
+    file = OutputFile("7", "images", "a.mp4", "", "output")
+    for ask in (*ASKING, lambda comfy: comfy.run(PROMPT), lambda comfy: comfy.fetch(file)):
+        with pytest.raises(ComfyUnreachable, match="no ComfyUI answers at .*502.*; start it"):
+            elsewhere(502, "<html>Bad Gateway</html>", ask)
+
+
+ASKING: tuple[Callable[[ComfyClient], Awaitable[Any]], ...] = (
+    lambda comfy: comfy.node_types(),
+    lambda comfy: comfy.history("p"),
+    lambda comfy: comfy.queue(PROMPT),
+    lambda comfy: comfy.post(comfy_client.SYNVID_MISSING, {"dataset": "d", "ids": []}),
+)
+
+
+def elsewhere(status: int, text: str, ask: Callable[[ComfyClient], Awaitable[Any]]) -> None:
+    """Ask what is no ComfyUI and answers everything alike."""
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(status=status, text=text, content_type="text/html")
 
     async def go() -> None:
         application = web.Application()
-        application.add_routes([web.route("*", "/{name:.*}", page)])
+        application.add_routes([web.route("*", "/{name:.*}", answer)])
         async with TestServer(application) as server, ComfyClient(str(server.make_url("/"))) as comfy:
-            for ask in (comfy.node_types(), comfy.history("p"), comfy.queue(PROMPT)):
-                with pytest.raises(ComfyError, match="with no JSON object; is this really ComfyUI"):
-                    await ask
+            await ask(comfy)
 
     asyncio.run(go())
 
