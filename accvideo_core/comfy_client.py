@@ -283,6 +283,9 @@ class ComfyClient:
             async with self._http.request(method, f"{self.url}{path}", **options) as response:
                 if response.status in GATEWAY:
                     raise self._unreachable(f"status {response.status}")
+                if response.method != method:  # HTTP makes a question of what is posted to an address that has moved
+                    address = str(response.url).removesuffix(path)
+                    raise ComfyError(f"{self.url} sends on to {address}; give that as the address")
                 yield response
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, aiohttp.InvalidURL) as error:
             if isinstance(error, AccVideoError):

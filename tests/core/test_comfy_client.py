@@ -156,6 +156,23 @@ def test_nobody_there() -> None:
         asyncio.run(go())
 
 
+def test_an_address_that_has_moved_is_told() -> None:
+    """As that of a proxy which sends http:// on to https://."""
+
+    async def there(comfy: ComfyClient) -> None:
+        async def moved(request: web.Request) -> web.Response:
+            raise web.HTTPMovedPermanently(f"{comfy.url}{request.path_qs}")
+
+        application = web.Application()
+        application.add_routes([web.route("*", "/{name:.*}", moved)])
+        async with TestServer(application) as server, ComfyClient(str(server.make_url("/"))) as sent_on:
+            for ask in (sent_on.queue(PROMPT), sent_on.post("/accvideo", {})):
+                with pytest.raises(ComfyError, match=f"sends on to {comfy.url}; give that as the address"):
+                    await ask
+
+    StandIn(DONE).play(there)
+
+
 def test_a_page_is_not_taken_for_comfyui() -> None:
     """As a development server gives at any path, and a proxy that wants a login."""
 
