@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from tests.comfyui.model_files import install
-from tests.comfyui.server import ROOT, Server, gguf_pack
+from tests.comfyui.server import ROOT, Server, gguf_pack, node
 
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 SECONDS = 240_000  # milliseconds a run may take
@@ -223,6 +223,22 @@ def test_the_slider_compares_two_videos_on_one_clock(page: Page) -> None:
     for (one, x, y, w, h), (other, left, top, width, height) in itertools.combinations(boxes, 2):  # previews have grown in them
         apart = x + w <= left or left + width <= x or y + h <= top or top + height <= y
         assert apart, f"{one} and {other} lie on each other"
+
+
+def test_the_shorter_video_holds_its_last_frame_until_both_begin_anew(page: Page, tmp_path: Path) -> None:
+    frames = {name: node("EmptyImage", width=64, height=64, batch_size=count, color=255) for name, count in (("1", 24), ("2", 4))}
+    prompt = frames | {"3": node("AccVideoCompare", first=["1", 0], second=["2", 0], fps=8.0)}
+    (tmp_path / "lengths.json").write_text(json.dumps(prompt))
+    page.open()
+    page.drop(tmp_path / "lengths.json", "application/json", len(prompt))
+    page.run()
+    page.page.wait_for_selector(".accvideo-compare video", state="attached", timeout=SECONDS)
+    one, other = (f"document.querySelectorAll('.accvideo-compare video')[{i}]" for i in (0, 1))
+    for _ in range(2):
+        page.page.wait_for_function(f"{one}.currentTime > 1 && {one}.currentTime < 2")
+        assert page.page.evaluate(f"[{other}.currentTime, {other}.duration]") == [0.5, 0.5]
+        page.page.wait_for_function(f"{one}.currentTime < 0.4 && !{other}.paused && {other}.currentTime < 0.45")
+    assert page.errors == []
 
 
 def test_in_nodes_2_few_inputs_show_and_the_slider_works(page: Page) -> None:

@@ -83,14 +83,15 @@ function dataset(told) {
   return [box, 76];
 }
 
-// The second video lies over the first and is cut off left of the divider; it follows the first one's clock.
+// The second video lies over the first and is cut off left of the divider. The longer one is the clock: the other follows it,
+// and holds its last frame as in the video side by side.
 function slider(...files) {
   const shown = files.filter((file) => file.role !== "both");
   const box = element("div", { ...SMALL, display: "flex", flexDirection: "column", gap: "4px" }, { className: "accvideo-compare" });
   const stage = element("div", { position: "relative", flex: "1", minHeight: "0", background: "#181818", cursor: "ew-resize" });
   const fill = { position: "absolute", inset: "0", width: "100%", height: "100%", objectFit: "contain" };
   const video = (file) => {
-    const made = element("video", fill, { src: url(file), muted: true, loop: true, playsInline: true, preload: "auto" });
+    const made = element("video", fill, { src: url(file), muted: true, playsInline: true, preload: "auto" });
     made.setAttribute("draggable", "false");
     return made;
   };
@@ -107,8 +108,20 @@ function slider(...files) {
     second.style.clipPath = `inset(0 0 0 ${range.value}%)`;
     line.style.left = `${range.value}%`;
   };
-  const follow = () => {
-    if (Math.abs(second.currentTime - first.currentTime) > 0.04) second.currentTime = first.currentTime;
+  let clock = first;
+  const start = () => {
+    if (!first.duration || !second.duration) return; // not both are known yet
+    const other = second.duration > first.duration ? first : second;
+    clock = other === first ? second : first;
+    clock.loop = true;
+    const follow = () => {
+      const time = Math.min(clock.currentTime, other.duration);
+      if (Math.abs(other.currentTime - time) > 0.04) other.currentTime = time;
+      if (clock.paused) other.pause();
+      else if (other.paused && time < other.duration - 0.1) other.play().catch(() => {}); // at its end it would begin anew
+    };
+    for (const name of ["timeupdate", "seeked", "play", "pause"]) clock.addEventListener(name, follow);
+    clock.play().catch(() => {});
   };
   const drag = (event) => {
     if (!(event.buttons & 1)) return;
@@ -124,11 +137,8 @@ function slider(...files) {
   });
   stage.addEventListener("pointermove", drag);
   range.addEventListener("input", place);
-  button.addEventListener("click", () => (first.paused ? first.play() : first.pause()));
-  first.addEventListener("play", () => second.play().catch(() => {}));
-  first.addEventListener("pause", () => second.pause());
-  for (const name of ["timeupdate", "seeked", "play", "pause"]) first.addEventListener(name, follow);
-  first.addEventListener("canplay", () => first.play().catch(() => {}), { once: true });
+  button.addEventListener("click", () => (clock.paused ? clock.play() : clock.pause()));
+  for (const made of [first, second]) made.addEventListener("loadedmetadata", start, { once: true });
 
   stage.append(first, second, line);
   foot.append(button, range);
