@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from accvideo_core import cli
+from accvideo_core.errors import PromptError
 from accvideo_core.media import write_mp4
 from accvideo_core.synvid import captions
 from accvideo_core.synvid.frames import sample_frames
@@ -163,6 +165,23 @@ def test_a_run_goes_on_after_a_line_that_its_writer_died_in(endpoint: Endpoint, 
     endpoint.asked.clear()
     assert run() == (0, ALL)
     assert sum(endpoint.asked.values()) == 3
+
+
+def test_a_second_run_on_the_same_file_writes_over_nothing(tmp_path: Path) -> None:
+    """Each would cut off what the other has added since it looked."""
+    one, other = (captions.CaptionFile(tmp_path / "prompts.jsonl") for _ in range(2))
+    one.add("a", prompt=ALL["20"])
+    with pytest.raises(PromptError, match="another process has changed .*; let one at a time add to it"):
+        other.add("b", prompt=ALL["60"])
+    one.add("c", prompt=ALL["100"])
+    assert captions.CaptionFile(tmp_path / "prompts.jsonl").done == {"a", "c"}
+
+
+def test_a_path_that_is_no_utf_8_leaves_a_file_that_can_be_read(tmp_path: Path) -> None:
+    file, video = captions.CaptionFile(tmp_path / "prompts.jsonl"), os.fsdecode(b"caf\xe9.mp4")
+    file.add("a", prompt=ALL["20"], video=video)
+    assert [prompt.text for prompt in read_prompts(file.path)] == [ALL["20"]]
+    assert json.loads(file.path.read_text("utf-8"))["video"] == video
 
 
 def test_only_descriptions_of_the_right_length_become_prompts(endpoint: Endpoint, run, tmp_path: Path) -> None:
