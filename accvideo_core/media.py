@@ -6,9 +6,10 @@ of stills and a comparison video are built by the same functions.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Pixels, fps: float, metadata
     """Write a clip as H.264 in MP4: yuv420p in BT.709, index in front, so that a browser plays it while it loads.
 
     frames    (T, H, W, 3) uint8 RGB, T >= 1, H and W even (chroma is stored at half size)
-    fps       frames per second, above 0
+    fps       frames per second, from 0.001 to 1000
     metadata  text kept under any key; ComfyUI reads the workflow back from `prompt` and `workflow`
     Raises InvalidValueError for other frames or fps, OutputError where it cannot be written. Written whole or not at all.
     """
@@ -54,7 +55,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Pixels, fps: float, metadata
         raise InvalidValueError(
             f"frames are {width}x{height}; H.264 needs an even width and height, so pad or crop one row or column"
         )
-    rate = _frame_rate(fps)
+    rate = frame_rate(fps)
     with atomic_path(path) as temporary:
         try:
             _encode(temporary, frames, rate, metadata or {})
@@ -87,21 +88,33 @@ def read_mp4(path: str | os.PathLike[str]) -> Video:
 
     Raises InvalidValueError, naming the file, where it is missing, damaged or holds no video.
     """
+    with _opened(path) as container:
+        if not container.streams.video:
+            raise InvalidValueError(f"{str(path)!r} holds no video; give an MP4 or another video file")
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        rate, metadata = stream.average_rate, dict(container.metadata)
+    if not frames or not rate:
+        raise InvalidValueError(f"{str(path)!r} holds no video frames; it may be cut off, so make or download it again")
+    return Video(np.stack(frames), float(rate), metadata)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> Mapping[str, str]:
+    """The text that a video file carries; no frame is decoded. InvalidValueError as `read_mp4`."""
+    with _opened(path) as container:
+        return dict(container.metadata)
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
         with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise InvalidValueError(f"{str(path)!r} holds no video; give an MP4 or another video file")
-            stream = container.streams.video[0]
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-            rate, metadata = stream.average_rate, dict(container.metadata)
+            yield container
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InvalidValueError(
             f"cannot read {str(path)!r} as a video: {reason}; give a whole MP4 or another video file"
         ) from error
-    if not frames or not rate:
-        raise InvalidValueError(f"{str(path)!r} holds no video frames; it may be cut off, so make or download it again")
-    return Video(np.stack(frames), float(rate), metadata)
 
 
 def write_png(path: str | os.PathLike[str], image: Pixels) -> None:
@@ -229,10 +242,11 @@ def _wrap(text: str, width: int, font: Any) -> list[str]:
     return lines
 
 
-def _frame_rate(fps: float) -> Fraction:
-    """fps as the fraction a container stores; 29.97 and 23.976 become the broadcasters' 30000/1001 and 24000/1001."""
-    if not (isinstance(fps, (int, float, Fraction)) and math.isfinite(fps) and 0 < fps <= 1000):
-        raise InvalidValueError(f"fps is {fps}; it must be above 0 and at most 1000 frames per second")
+def frame_rate(fps: float) -> Fraction:
+    """fps as the fraction a container stores; 29.97 and 23.976 become the broadcasters' 30000/1001 and 24000/1001.
+    InvalidValueError for one below 0.001 or above 1000."""
+    if not (isinstance(fps, (int, float, Fraction)) and math.isfinite(fps) and 0.001 <= fps <= 1000):
+        raise InvalidValueError(f"fps is {fps}; it must be from 0.001 to 1000 frames per second")
     broadcast = Fraction(round(fps * 1.001) * 1000, 1001)
     is_broadcast = fps != int(fps) and abs(float(broadcast) - fps) < 1e-3
     return broadcast if is_broadcast else Fraction(fps).limit_denominator(1001)
