@@ -27,7 +27,7 @@ def read_json_lines(
     Raises `fault`, naming the file, or the line for which `read` raised ValueError, KeyError, TypeError or AttributeError.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # splitlines would end a line at a text's U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise fault(f"cannot read {names} {str(path)!r} ({error}); give a file of JSON lines") from error
     found = []

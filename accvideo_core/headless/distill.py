@@ -85,7 +85,7 @@ def defaults(words: Sequence[str]) -> DistillArgs | None:
     if path is None:
         return None
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows' editors put first
         found = json_module.loads(content) if path.suffix == ".json" else tomllib.loads(content)
         if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
             raise ValueError("it must hold names and values, no tables")

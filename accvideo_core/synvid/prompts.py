@@ -74,6 +74,8 @@ def _check(row: Mapping[str, Any], where: str) -> Prompt | None:
         raise PromptError(f"{where}: the prompt must be text, not {text!r}")
     if not text or not text.strip():
         return None
+    if halves := [letter for letter in text if "\ud800" <= letter <= "\udfff"]:
+        raise PromptError(f"{where}: the prompt has half a letter, {halves[0]!r}, as of a text cut in two; write it whole")
     try:
         number = None if seed in (None, "") else int(str(seed))
     except ValueError:

@@ -143,7 +143,7 @@ def test_values_come_from_the_file_and_the_command_line_overrides_them(
     written = {"dataset": str(captured), "out": str(tmp_path / "run"), "teacher": str(teacher), "lr": 3e-4, "checkpointing": True}
     toml, as_json = tmp_path / "run.toml", tmp_path / "run.json"
     toml.write_text("\n".join(f"{name} = {json.dumps(value)}" for name, value in written.items()))
-    as_json.write_text(json.dumps(written | {"out": str(tmp_path / "other"), "lora": None}))
+    as_json.write_text(json.dumps(written | {"out": str(tmp_path / "other"), "lora": None}), encoding="utf-8-sig")
     short = [*SMALL, "--json", "--no-tensorboard", "--held-out", "0", "--adversarial-weight", "0"]
     assert cli.main(["distill", "--config", str(toml), *short]) == 0, capsys.readouterr().err
     assert cli.main(["distill", f"--config={as_json}", *short, "--lr", "2e-4", "--no-checkpointing"]) == 0
@@ -293,6 +293,9 @@ def test_accepted_and_rejected_trajectories_come_as_the_verdicts_say_with_weight
     }
     write_verdicts(path, said)
     assert read_verdicts(path) == said
+    others = {"id": "a", "accepted": True, "why": "as\u2028asked"}  # as another program writes it, on Windows
+    (tmp_path / "other.jsonl").write_text(json.dumps(others, ensure_ascii=False) + "\r\n", encoding="utf-8-sig", newline="")
+    assert read_verdicts(tmp_path / "other.jsonl") == {"a": Verdict(True)}
     with pytest.warns(AccVideoWarning, match="no verdict on 1 of the 8 samples to train on"):
         judged = Judged.of(path, captured, data, 2)
     assert judged.rejected is not None

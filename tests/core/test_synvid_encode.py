@@ -62,6 +62,7 @@ def test_prompt_files(tmp_path, name, content, expected):
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt"', "line 2 is no JSON"),
         ("a.jsonl", b'"a cat"\n', "line 1 must be an object"),
         ("a.jsonl", b'{"prompt": 5}\n', "line 1: the prompt must be text, not 5"),
+        ("a.jsonl", b'{"prompt": "a cat \\ud83d"}\n', r"line 1: the prompt has half a letter, '\\ud83d'"),
         ("a.jsonl", b'{"prompt": "a", "seed": 1.5}\n', "line 1: the seed 1.5"),
         ("a.jsonl", b'{"prompt": "a", "id": "../x"}\n', "line 1: the id '../x'"),
         ("a.jsonl", b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n', "id 'x' in line 1 and in line 2"),
