@@ -7,23 +7,29 @@ floor. N rows of a plan, key k of m, latents (C, T, H, W) in model space.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InvalidValueError
+from ..errors import CheckpointError, InvalidValueError
+from ..files import atomic_path
 from ..sampling import euler_flow, make_noise
 from ..schedule import key_indices
 from ..synvid.capture import KeyLatents
 from ..tiny.clips import CLASSES, FRAMES, SIZE, keyed_generator
 from ..tiny.pipeline import PRESET, TinyPipeline, latent_shape
+from ..tiny.training import check_made_from
 from ..tiny.vae import LATENT_SCALE, to_pixels
 from . import metrics
 from .exam import Reads, Row, read_clips, rights, wilson
@@ -53,6 +59,11 @@ def second_seed(seed: int) -> int:
     return int(torch.randint(2**53, (), generator=keyed_generator("second noise", seed)))
 
 
+def plan_hash(rows: Sequence[Row]) -> str:
+    """Tells one plan from another."""
+    return str(keyed_generator(json.dumps([asdict(row) for row in rows])).initial_seed())
+
+
 def check_steps(steps: int) -> None:
     """InvalidValueError unless key points lie on a schedule of so many steps."""
     if steps < 1 or steps % KEYS:
@@ -76,6 +87,25 @@ def make(pipeline: TinyPipeline, rows: Sequence[Row], sigmas: Tensor, batch: int
         frames.append(to_pixels(pipeline.vae.decode(keys[0][-1][:, 0].to(device) / LATENT_SCALE)))
     clips = np.concatenate(frames)
     return Made(torch.cat(keys[0]), torch.cat(keys[1]), clips, read_clips(clips))
+
+
+def kept(path: Path, recipe: dict[str, str], work: Callable[[], Made]) -> Made:
+    """What `work` makes, or what it made before and was kept at `path`. InvalidValueError if that was made by another recipe,
+    CheckpointError if it cannot be read."""
+    cure = "delete it, or choose another place"
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                check_made_from(path, file.metadata() or {}, recipe, cure)
+                first, second, frames = (file.get_tensor(name) for name in ("first", "second", "frames"))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {str(path)!r} ({error}); {cure}") from error
+        return Made(first, second, frames.numpy(), read_clips(frames.numpy()))
+    made = work()
+    with atomic_path(path) as temporary:
+        tensors = {"first": made.first, "second": made.second, "frames": torch.from_numpy(made.frames).contiguous()}
+        save_file(tensors, temporary, metadata=recipe)
+    return made
 
 
 @torch.inference_mode()
@@ -147,7 +177,7 @@ def fidelity(model: Made, teacher: Made, forced: Tensor, rows: Sequence[Row]) ->
     for name, energy in (("temporal_energy", metrics.temporal_energy), ("high_frequency_energy", metrics.high_frequency_energy)):
         found[name] = {
             "latent": measured(metrics.ratio(energy(own[:, 0]), energy(theirs[:, 0]))),
-            "pixels": measured(metrics.ratio(energy(_pixels(model.frames)), energy(_pixels(teacher.frames)))),
+            "pixels": measured(metrics.ratio(_in_pixels(energy, model.frames), _in_pixels(energy, teacher.frames))),
         }
     spread = [distance(made.first[:, 0], made.second[:, 0]) for made in (model, teacher)]
     found["diversity"] = measured(metrics.ratio(*spread))
@@ -174,9 +204,10 @@ def _open_tv(kind: str, model: Reads, teacher: Reads, rows: Sequence[Row]) -> St
     return variation
 
 
-def _pixels(frames: NDArray[np.uint8]) -> Tensor:
-    """(N, 3, F, H, W) float in [0, 1]."""
-    return torch.from_numpy(frames).permute(0, 4, 1, 2, 3).float() / 255
+def _in_pixels(energy: Callable[[Tensor], Tensor], frames: NDArray[np.uint8]) -> Tensor:
+    """(N,) of clips as (N, 3, F, H, W) float in [0, 1], 100 at a time: as many as there are would take gigabytes."""
+    parts = np.array_split(frames, math.ceil(len(frames) / 100))
+    return torch.cat([energy(torch.from_numpy(part).permute(0, 4, 1, 2, 3).float() / 255) for part in parts])
 
 
 def plain(value: Any) -> Any:

@@ -34,8 +34,9 @@ def weights_path(name: str, folder: Path | None = None) -> Path:
 
 
 def part_hash(part: str, folder: Path | None = None) -> str:
-    """sha256 of what a network depends on: the file of `base`, `guided`, `teacher` or `text_encoder`, or of `encoder` only those
-    tensors of the VAE's file that make latents, so that a better decoder still fits. CheckpointError if it cannot be read."""
+    """sha256 of what something depends on: the file of `base`, `guided`, `teacher`, `text_encoder` or `vae`, or of `encoder` only
+    those tensors of the VAE's file that make latents, so that a better decoder still fits. CheckpointError for one that cannot
+    be read."""
     path = weights_path("vae" if part == "encoder" else part, folder)
     try:
         if part != "encoder":

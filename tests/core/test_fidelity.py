@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from accvideo_core.errors import CheckpointError, InvalidValueError
+from accvideo_core.errors import CheckpointError, InvalidValueError, OutputError
 from accvideo_core.sampling import make_noise
-from accvideo_core.studies import evaluation, fidelity
+from accvideo_core.studies import evaluation, fidelity, metrics
 from accvideo_core.studies.exam import read_clips, score_reads
 from accvideo_core.studies.plans import drawn_plan
 from accvideo_core.tiny.clips import keyed_generator, render, sample_scenes
@@ -107,6 +107,47 @@ def test_the_command_writes_its_report(tmp_path: Path, capsys: pytest.CaptureFix
     table = (tmp_path / "report" / "report.md").read_text()
     assert "trajectory error, self rolled" in table and "tiny-student, 5 steps" in table
     assert (tmp_path / "report" / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_teachers_clips_are_made_once_for_several_models(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "PRESET", dataclasses.replace(PRESET, teacher_steps=10))
+    made, make = [], fidelity.make
+    monkeypatch.setattr(fidelity, "make", lambda pipeline, *rest: made.append(pipeline.which) or make(pipeline, *rest))
+    plan = tmp_path / "plan.jsonl"
+    plan.write_text("\n".join(json.dumps(vars(row)) for row in ROWS[:2]))
+    args = evaluation.EvaluateArgs(plan, out=tmp_path / "one", teacher_clips=tmp_path / "kept", json=True, device="cpu")
+    others = dataclasses.replace(args, out=tmp_path / "other")
+    assert evaluation.run(args) == evaluation.run(others) == 0
+    assert made == ["teacher", "student", "student"]
+    assert len({(path / "report.json").read_bytes() for path in (args.out, others.out)}) == 1
+    plan.write_text("\n".join(json.dumps(vars(row)) for row in ROWS[1:3]))
+    with pytest.raises(InvalidValueError, match="was made from something else .plan .*delete it"):
+        evaluation.run(args)
+    (tmp_path / "kept").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="cannot read .*kept"):
+        evaluation.run(args)
+    with pytest.raises(InvalidValueError, match="give --out, too"):
+        evaluation.run(dataclasses.replace(args, out=None))
+
+
+def test_a_disk_that_the_clips_fill_takes_the_score_from_nobody(tmp_path: Path, capsys, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    plan = tmp_path / "plan.jsonl"
+    plan.write_text(json.dumps(vars(ROWS[0])))
+    with pytest.raises(OutputError, match="no space left"):
+        evaluation.run(evaluation.EvaluateArgs(plan, steps=1, frames_out=tmp_path / "a.npz", json=True, device="cpu"))
+    assert json.loads(capsys.readouterr().out)["clips"] == 1
+
+
+def test_energies_of_many_clips_are_taken_a_few_at_a_time() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (201, 2, 4, 4, 3), np.uint8)
+    seen: list[int] = []
+    found = fidelity._in_pixels(lambda video: seen.append(len(video)) or metrics.temporal_energy(video), frames)
+    assert max(seen) <= 100 and sum(seen) == 201
+    assert found.numpy() == pytest.approx((np.diff(frames / 255, axis=1) ** 2).mean((1, 2, 3, 4)), rel=1e-5)
 
 
 def test_what_cannot_be_compared_is_named(tmp_path: Path) -> None:
