@@ -19,8 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..checkpoint import load_student
@@ -35,13 +33,12 @@ from ..errors import CheckpointError, InvalidValueError
 from ..files import atomic_path, check_writable
 from ..synvid import SynVidDataset
 from ..tiny import load_text_encoder, load_vae, part_hash, weights_path
-from ..tiny.clips import keyed_generator
 from ..tiny.pipeline import PRESET, TinyPipeline
 from ..tiny.training import check_made_from
 from . import ablation_report, plots
 from .arms import ARMS, Arm, ForwardSource, captured, forward_segments
-from .exam import Row, read_clips, read_plan, score_reads
-from .fidelity import Made, fidelity, forced, make, plain
+from .exam import Row, read_plan, score_reads
+from .fidelity import Made, fidelity, forced, kept, make, plain, plan_hash
 from .plans import drawn_plan
 
 RESULT = "result.json"
@@ -126,6 +123,8 @@ def run(args: AblateArgs) -> int:
 
 def check(args: AblateArgs) -> None:
     """All that can be known before the work."""
+    if not args.arms or not args.seeds:
+        raise InvalidValueError(f"arms are {args.arms} and seeds {args.seeds}; name at least one of each")
     if unknown := [name for name in args.arms if name not in ARMS]:
         raise InvalidValueError(f"no arm named {', '.join(unknown)}; arms are {', '.join(ARMS)}")
     for name in ("batch", "trajectories", "updates"):
@@ -144,13 +143,14 @@ def check(args: AblateArgs) -> None:
 
 def prepare(args: AblateArgs) -> Study:
     """Capture the trajectories, and settle what the study is: its recipe is kept, and going on with another is an error."""
+    rows = (read_plan(args.plan) if args.plan else drawn_plan(args.rows))[: args.rows]
+    if len(rows) < 2:
+        raise InvalidValueError(f"the plan {str(args.plan)!r} has {len(rows)} row; intervals need at least 2, better 200")
     device, adapter = pick_device(args.device), adapter_for("tiny")
     teacher = adapter.load(weights_path("teacher"), device, torch.float32).eval().requires_grad_(False)
     dataset = captured(args.out, adapter, teacher, args.trajectories, 0, device, args.json)
-    rows = (read_plan(args.plan) if args.plan else drawn_plan(args.rows))[: args.rows]
-    told = json.dumps([asdict(row) for row in rows])
     recipe: dict[str, Any] = {name: getattr(args, name) for name in ("batch", "lr", "head_lr", "trajectories", "rows")}
-    recipe |= {"plan": str(keyed_generator(told).initial_seed()), "dataset": dataset.digest}
+    recipe |= {"plan": plan_hash(rows), "dataset": dataset.digest}
     recipe |= {part: part_hash(part) for part in ("encoder", "text_encoder", "teacher")}
     path = args.out / "study.json"
     earlier = read_json(path, "delete it to begin the study anew") if path.exists() else None
@@ -272,22 +272,13 @@ def pipeline_of(study: Study, network: Any, which: Any) -> TinyPipeline:
 
 def teacher_made(study: Study) -> Made:
     """What the teacher makes of the plan in its own steps; kept, because it takes as long as many arms' judging."""
-    path, recipe = study.args.out / "teacher.safetensors", {key: str(study.recipe[key]) for key in ("plan", "teacher", "encoder")}
-    if path.exists():
-        cure = "delete it, or choose another --out"
-        try:
-            with safe_open(path, framework="pt") as file:
-                check_made_from(path, file.metadata(), recipe, cure)
-                first, second, frames = (file.get_tensor(name) for name in ("first", "second", "frames"))
-            return Made(first, second, frames.numpy(), read_clips(frames.numpy()))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {str(path)!r} ({error}); {cure}") from error
-    pipeline = pipeline_of(study, study.teacher, "teacher")
-    made = make(pipeline, study.rows, PRESET.sigmas(PRESET.teacher_steps), 50, study.args.json)
-    with atomic_path(path) as temporary:
-        tensors = {"first": made.first, "second": made.second, "frames": torch.from_numpy(made.frames).contiguous()}
-        save_file(tensors, temporary, metadata=recipe)
-    return made
+    recipe = {key: str(study.recipe[key]) for key in ("plan", "teacher", "encoder")}
+
+    def work() -> Made:
+        pipeline = pipeline_of(study, study.teacher, "teacher")
+        return make(pipeline, study.rows, PRESET.sigmas(PRESET.teacher_steps), 50, study.args.json)
+
+    return kept(study.args.out / "teacher.safetensors", recipe, work)
 
 
 def read_result(path: Path, recipe: Mapping[str, Any]) -> dict[str, Any] | None:

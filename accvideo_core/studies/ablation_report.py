@@ -84,13 +84,14 @@ def as_markdown(results: Sequence[Mapping[str, Any]], estimates: Mapping[str, Se
     """What was done, and the table."""
     recipe = results[0]["recipe"]
     seeds = max(sum(result["arm"] == arm for result in results) for arm in estimates)
+    judged = results[0]["score"]["clips"]  # of a plan that has fewer rows than asked for, what it has
     minutes = {arm: [r["seconds"] / 60 for r in results if r["arm"] == arm] for arm in estimates}
     lines = [
         "# Ablation on the tiny world",
         "",
         f"Made by `accvideo ablate`: {recipe['updates']} updates of the student in every arm, batch {recipe['batch']}, "
         f"learning rate {recipe['lr']:g} (heads {recipe['head_lr']:g}), {recipe['trajectories']} trajectories, up to {seeds} "
-        f"seeds, judged on {recipe['rows']} prompts. In brackets 95 % intervals: over the seeds (Student), or over the prompts "
+        f"seeds, judged on {judged} prompts. In brackets 95 % intervals: over the seeds (Student), or over the prompts "
         "where there is a single run. Distances and errors are those of the clean end, key 0; energies and diversity are over "
         "the teacher's.",
         "",

@@ -165,6 +165,8 @@ def test_another_study_in_the_same_folder_is_named(done: Path, tmp_path: Path) -
     ("wrong", "said"),
     [
         ({"arms": ("full", "best")}, "no arm named best; arms are teacher-50"),
+        ({"arms": ()}, r"arms are \(\).* name at least one"),
+        ({"seeds": ()}, r"seeds \(\); name at least one"),
         ({"batch": 4}, "batch of 4 from 3"),
         ({"rows": 1}, "rows is 1"),
         ({"minutes": 0.0}, "minutes 0.0"),
@@ -174,6 +176,17 @@ def test_bad_arguments_are_named_before_the_work(tmp_path: Path, wrong: dict, sa
     with pytest.raises(InvalidValueError, match=said):
         ablate.run(arguments(tmp_path / "new", **wrong))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_plan_is_counted_by_its_own_rows(done: Path, world: Path, tmp_path: Path) -> None:
+    results = ablate.all_results(done, json.loads((done / "study.json").read_text()))
+    for result in results:
+        result["recipe"]["rows"] = 200  # of a plan that has fewer
+    assert "judged on 2 prompts" in ablation_report.as_markdown(results, ablation_report.summary(results))
+    (tmp_path / "plan.jsonl").write_text('{"prompt": "a red ball", "seed": 1}\n')
+    with pytest.raises(InvalidValueError, match="has 1 row; intervals need at least 2"):
+        ablate.run(arguments(tmp_path / "new", plan=tmp_path / "plan.jsonl"))
+    assert not (tmp_path / "new" / "synvid").exists()
 
 
 def test_forward_diffusion_noises_clips_and_goes_on_as_the_teacher(done: Path, tmp_path: Path) -> None:
