@@ -13,6 +13,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -46,11 +47,12 @@ class World:
     shards: DeviceMesh | None = None
 
     @classmethod
-    def start(cls, sequence: int = 1, device: str | None = None) -> World:
+    def start(cls, sequence: int = 1, device: str | None = None, patience: timedelta | None = None) -> World:
         """Join the processes torchrun started (NCCL between CUDA devices, gloo between CPUs), or be a world of one.
 
         sequence  processes that share one sample's tokens; must divide their number
         device    "cpu", "cuda", ...; by default CUDA where there is one
+        patience  how long they wait for one another where all meet; by default torch's half hour
         Raises InvalidValueError for a sequence that does not divide the world and for a half-set environment.
         """
         missing = [name for name in _TORCHRUN if name not in os.environ]
@@ -65,7 +67,7 @@ class World:
         place = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if kind == "cuda" else kind)
         if place.type == "cuda":
             torch.cuda.set_device(place)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=patience)
         mesh = init_device_mesh(place.type, (size // sequence, sequence), mesh_dim_names=("data", "sequence"))
         shards = init_device_mesh(place.type, (size,), mesh_dim_names=("shards",))
         return cls(dist.get_rank(), size, place, mesh, shards)

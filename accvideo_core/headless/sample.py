@@ -33,7 +33,7 @@ from ..errors import InvalidValueError
 from ..files import atomic_path, check_writable
 from ..sampling import euler_flow, make_noise
 from ..schedule import get_preset
-from ..synvid.capture import batches, pad_texts
+from ..synvid.capture import PATIENCE, batches, pad_texts
 from ..synvid.plan import Plan, PlanItem
 from ..tiny import LATENT_SCALE
 from .models import BUNDLED, Precision, find_network, load_network
@@ -92,7 +92,7 @@ def run(args: SampleArgs) -> int:
         raise InvalidValueError(f"{args.student} is of the family {family}, sampled with {preset.solver}; sample it in ComfyUI")
     steps = (preset.teacher_steps if args.teacher else preset.steps) if args.steps is None else args.steps
     sigmas = preset.sigmas(steps, args.shift)
-    world = World.start(args.sequence, None if args.device == "auto" else args.device)
+    world = World.start(args.sequence, None if args.device == "auto" else args.device, PATIENCE)
     try:
         check(args.attention, world.device)
         check_writable(args.out / "0.latent")

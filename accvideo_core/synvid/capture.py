@@ -32,7 +32,7 @@ from .texts import names_there
 
 WAITING = 2  # batches that may wait for the disk; then sampling does, too, instead of filling the memory
 MAX_FAULTS = 10  # samples that may fail before a capture gives up
-_PATIENCE = timedelta(days=365)  # of the first process to be done, for the last
+PATIENCE = timedelta(days=365)  # of the first process to be done, for the last
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
 Encoding = tuple[Tensor, Tensor | None]
@@ -298,7 +298,7 @@ def my_share(plan: Plan, store: SynVidStore) -> list[PlanItem]:
     if size == 1:
         return [plan.items[name] for name in store.missing(ids)]
     wanted = torch.zeros(len(ids), dtype=torch.bool)
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    dist.init_process_group("gloo", timeout=PATIENCE)
     if rank == 0:
         missing = set(store.missing(ids))
         wanted = torch.tensor([name in missing for name in ids])

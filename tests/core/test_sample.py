@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from accvideo_core import cli
 from accvideo_core.checkpoint import save_original
 from accvideo_core.distill.adapters import adapter_for
 from accvideo_core.dit import DiTConfig
+from accvideo_core.errors import InvalidValueError
 from accvideo_core.media import read_mp4
 from accvideo_core.synvid.plan import Plan
 from accvideo_core.tiny import LATENT_SCALE, load_vae
@@ -136,6 +139,21 @@ def test_a_file_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path, cap
     theirs.write_bytes(b"something else")
     assert cli.main(command(tmp_path, "out")) == 2
     assert f"{theirs} is no latent of this command's" in capsys.readouterr().err and theirs.read_bytes() == b"something else"
+
+
+def test_the_first_process_to_be_done_waits_for_the_last(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video of 50 steps may take an hour, and torch's half hour would end the processes that still sample."""
+    told: dict[str, Any] = {}
+
+    def join(*_: Any, **options: Any) -> None:
+        told.update(options)
+        raise InvalidValueError("that is all")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(command(folder, "patient")) == 2
+    assert told["timeout"] > timedelta(days=7)
 
 
 def test_a_plan_of_another_text_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
