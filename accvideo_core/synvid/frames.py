@@ -21,7 +21,7 @@ def sample_frames(path: Path, count: int, side: int) -> list[Image.Image]:
     Raises InvalidValueError, naming the file, where it is missing, damaged or holds no video.
     """
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors="replace") as container:  # a title may be no UTF-8
             if not container.streams.video:
                 raise InvalidValueError(f"{str(path)!r} holds no video")
             stream = container.streams.video[0]

@@ -72,7 +72,8 @@ class VisionClient:
     async def __aenter__(self) -> VisionClient:
         """Raises EndpointError if nobody answers, or the model to use is not clear."""
         timeout = aiohttp.ClientTimeout(total=self._asking.timeout)
-        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
+        many = aiohttp.TCPConnector(limit=0)  # how many ask at once is the caller's to say; by itself it lets 100
+        self._session = aiohttp.ClientSession(connector=many, timeout=timeout, headers=self._headers)
         try:
             self.model = self.model or await self._only_model()
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -21,10 +22,11 @@ from PIL import Image
 
 from accvideo_core import cli
 from accvideo_core.errors import PromptError
-from accvideo_core.media import write_mp4
+from accvideo_core.media import read_mp4, write_mp4
 from accvideo_core.synvid import captions
 from accvideo_core.synvid.frames import sample_frames
 from accvideo_core.synvid.prompts import read_prompts
+from accvideo_core.synvid.vision import Asking, VisionClient
 
 LEVELS = (20, 60, 100, 140, 180, 220)  # the grey each video is told apart by
 Answer = tuple[int, Any, dict[str, str]]
@@ -204,6 +206,29 @@ def test_the_request_is_the_papers_question_about_evenly_spread_frames(
     assert endpoint.bodies[0]["model"] == "vision" and endpoint.keys == {"Bearer sesame"}
 
 
+def test_as_many_are_asked_at_once_as_there_are_workers() -> None:
+    async def go(workers: int) -> int:
+        asked, all_there = 0, asyncio.Event()
+        body = json.dumps(said("a calm grey surface")[1]).encode()
+
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            await reader.readuntil(b"\r\n\r\n")
+            asked += 1
+            if asked == workers:
+                all_there.set()
+            await all_there.wait()
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            writer.close()
+
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            async with VisionClient(url, Asking("What is this?", timeout=20, tries=1), "vision") as vision:
+                return len(await asyncio.gather(*(vision.describe([b"a picture"]) for _ in range(workers))))
+
+    assert asyncio.run(go(150)) == 150
+
+
 def test_an_endpoint_that_is_of_no_use(endpoint: Endpoint, run, videos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sentence(*options: str) -> str:
         code, prompts = run(*options)
@@ -236,6 +261,19 @@ def test_copies_and_files_that_are_no_videos(endpoint: Endpoint, run, videos: Pa
     code, prompts = run(also=[tmp_path / "copy.mp4", tmp_path / "torn.mp4"])
     assert code == 1 and len(prompts) == len(ALL)
     assert endpoint.asked == dict.fromkeys(LEVELS, 1)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_a_title_that_is_no_utf_8_is_no_hindrance(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.{suffix}"
+    with av.open(str(path), "w", metadata_encoding="latin-1") as container:
+        container.metadata["title"] = "caf\xe9"
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), 60, np.uint8), format="rgb24")))
+        container.mux(stream.encode())
+    assert len(sample_frames(path, 2, 32)) == 1
+    assert read_mp4(path).metadata["title"].startswith("caf")
 
 
 @pytest.mark.parametrize(
