@@ -67,7 +67,7 @@ def write_mp4(path: str | os.PathLike[str], frames: Pixels, fps: float, metadata
 
 def _encode(path: Path, frames: Pixels, rate: Fraction, metadata: Mapping[str, str]) -> None:
     height, width = frames.shape[1:3]
-    with av.open(str(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
+    with av.open(os.path.abspath(path), "w", format="mp4", options={"movflags": "use_metadata_tags+faststart"}) as container:
         container.metadata.update({key: str(value) for key, value in metadata.items()})
         # crf 16 is visually lossless; the preset costs time only.
         stream = container.add_stream("libx264", rate=rate, options={"crf": "16", "preset": "medium"})
@@ -108,7 +108,8 @@ def read_metadata(path: str | os.PathLike[str]) -> Mapping[str, str]:
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # a title may be no UTF-8
+        # FFmpeg takes what stands before a colon for a protocol, unless the path is absolute; and a title may be no UTF-8.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             yield container
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error

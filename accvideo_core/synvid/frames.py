@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,8 @@ def sample_frames(path: Path, count: int, side: int) -> list[Image.Image]:
     Raises InvalidValueError, naming the file, where it is missing, damaged or holds no video.
     """
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # a title may be no UTF-8
+        # As in `media`: a path with a colon, and a title that is no UTF-8.
+        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InvalidValueError(f"{str(path)!r} holds no video")
             stream = container.streams.video[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from accvideo_core import media
 from accvideo_core.errors import InvalidValueError, OutputError
 from accvideo_core.media import beside, contact_sheet, label_bar, read_mp4, side_by_side, stack, upscale, write_mp4, write_png
+from accvideo_core.synvid.frames import sample_frames
 
 COLOURS = np.array(
     [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255), (0, 255, 255), (255, 255, 255), (0, 0, 0)]
@@ -59,6 +61,13 @@ def test_metadata_survives(tmp_path: Path) -> None:
     write_mp4(tmp_path / "a.mp4", plates(1), 8, {"workflow": workflow, "prompt": "{}"})
     metadata = read_mp4(tmp_path / "a.mp4").metadata
     assert metadata["workflow"] == workflow and metadata["prompt"] == "{}"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_a_colon_in_a_relative_path_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_mp4("12:30/a.mp4", plates(3), 8)
+    assert len(read_mp4("12:30/a.mp4").frames) == len(sample_frames(Path("12:30/a.mp4"), 3, 64)) == 3
 
 
 @pytest.mark.parametrize("fps", [1, 8, 12.5, 23.976, 24, 25, 29.97, 30000 / 1001, 59.94, 60, 120])
