@@ -151,7 +151,7 @@ def prepare(args: AblateArgs) -> Study:
     dataset = captured(args.out, adapter, teacher, args.trajectories, 0, device, args.json)
     recipe: dict[str, Any] = {name: getattr(args, name) for name in ("batch", "lr", "head_lr", "trajectories", "rows")}
     recipe |= {"plan": plan_hash(rows), "dataset": dataset.digest}
-    recipe |= {part: part_hash(part) for part in ("encoder", "text_encoder", "teacher")}
+    recipe |= {part: part_hash(part) for part in ("vae", "text_encoder", "teacher")}
     path = args.out / "study.json"
     earlier = read_json(path, "delete it to begin the study anew") if path.exists() else None
     recipe["updates"] = args.updates or (earlier or {}).get("updates")
@@ -272,7 +272,7 @@ def pipeline_of(study: Study, network: Any, which: Any) -> TinyPipeline:
 
 def teacher_made(study: Study) -> Made:
     """What the teacher makes of the plan in its own steps; kept, because it takes as long as many arms' judging."""
-    recipe = {key: str(study.recipe[key]) for key in ("plan", "teacher", "encoder")}
+    recipe = {key: str(study.recipe[key]) for key in ("plan", "teacher", "vae")}
 
     def work() -> Made:
         pipeline = pipeline_of(study, study.teacher, "teacher")
