@@ -77,6 +77,15 @@ class World:
         if self.mesh is not None:
             dist.destroy_process_group()
 
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        """Leaves the others, unless an error ends this process: they may be in a collective that nobody will join now, and NCCL
+        would wait for it before the error could be told. When this process has ended, torchrun ends theirs."""
+        if error is None:
+            self.close()
+
     @property
     def data_size(self) -> int:
         return 1 if self.mesh is None else self.mesh.size(0)

@@ -134,15 +134,12 @@ def run(args: DistillArgs) -> int:
         raise InvalidValueError(
             f"rejected_share is {args.rejected_share}, and without --verdicts no trajectory is rejected; give them, too"
         )
-    world = World.start(args.sequence, None if args.device == "auto" else args.device)
-    try:
+    with World.start(args.sequence, None if args.device == "auto" else args.device) as world:
         trainer = build(args, args.dataset, args.out, world)
         trainer.run()
         if world.is_main:
             made = {"student": str(args.out / "student.safetensors"), "best": trainer.best, "iterations": args.iterations}
             print(json_module.dumps(made) if args.json else f"{made['student']}: the student after {args.iterations} iterations")
-    finally:
-        world.close()
     return 0
 
 

@@ -92,8 +92,7 @@ def run(args: SampleArgs) -> int:
         raise InvalidValueError(f"{args.student} is of the family {family}, sampled with {preset.solver}; sample it in ComfyUI")
     steps = (preset.teacher_steps if args.teacher else preset.steps) if args.steps is None else args.steps
     sigmas = preset.sigmas(steps, args.shift)
-    world = World.start(args.sequence, None if args.device == "auto" else args.device, PATIENCE)
-    try:
+    with World.start(args.sequence, None if args.device == "auto" else args.device, PATIENCE) as world:
         check(args.attention, world.device)
         check_writable(args.out / "0.latent")
         precision: Precision = "float32" if args.dtype == "auto" and family == "tiny" else args.dtype
@@ -122,8 +121,6 @@ def run(args: SampleArgs) -> int:
         synchronize(world.device)
         made, faults = _together(made, faults, world)
         return _report(args, plan, made, faults, time.perf_counter() - start) if world.is_main else int(bool(faults))
-    finally:
-        world.close()
 
 
 def _spread(network: nn.Module, adapter: Adapter, args: SampleArgs, world: World) -> None:

@@ -400,6 +400,18 @@ class TestWorld:
         with pytest.raises(InvalidValueError, match="batch of 4 does not divide among 3"):
             World(mesh=Three()).rows(4)  # type: ignore[arg-type]
 
+    def test_who_failed_does_not_wait_for_the_others_before_it_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Destroying a group of NCCL's waits for collectives that the others are in, and this process never joins."""
+        left: list[str] = []
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append("together"))
+        world = World(mesh=object())  # type: ignore[arg-type]
+        with pytest.raises(InvalidValueError, match="damaged"), world:
+            raise InvalidValueError("damaged")
+        assert left == []
+        with world:
+            pass
+        assert left == ["together"]
+
 
 class TestEma:
     @pytest.mark.parametrize("decay", [0.0, 0.9])
