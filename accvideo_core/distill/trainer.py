@@ -38,6 +38,9 @@ from .source import Judged, Source
 from .validation import parts, validate
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KINDS = 64
+"""Kinds of calls a compiled block is kept for: student and teacher, first block and later, with gradients and without, texts of
+one length and of any. Beyond its limit, by default 8, torch computes without the compiler."""
 Observer = Callable[[int, Mapping[str, float]], None]
 """Called with (iterations done, scalars) after every iteration, in the first process."""
 Show = Callable[[int, Tensor, Tensor], None]
@@ -139,6 +142,8 @@ class Trainer:
         blocks = self.adapter.block_names(network)
         self.adapter.set_checkpointing(network, self.config.checkpointing)
         if self.config.compile:
+            limits = torch._dynamo.config
+            limits.cache_size_limit = max(limits.cache_size_limit, _KINDS)
             for name in blocks:
                 network.get_submodule(name).compile()
         self.world.split_sequence(network)

@@ -27,7 +27,7 @@ from accvideo_core.distill.trainer import Trainer
 from accvideo_core.distill.validation import write_sheet
 from accvideo_core.dit import HunyuanVideoDiT
 from accvideo_core.errors import AccVideoWarning, InvalidValueError, TrainingError
-from tests.distill_data import EXPORTABLE, MadeUp, network, trainer, weights
+from tests.distill_data import EXPORTABLE, MINUTE, MadeUp, network, trainer, weights
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +58,26 @@ def test_micro_batches_and_checkpointing_are_the_same_training_as_a_batch_in_one
 
     whole, other = descended(lr=0.1, head_lr=0.1), descended(lr=0.1, head_lr=0.1, **chosen)
     assert all(torch.allclose(whole[name], other[name], rtol=0, atol=1e-5) for name in whole)
+
+
+class Wordy(MadeUp):
+    """Trajectories whose prompts are of another length each time."""
+
+    def batch(self, step: int, key: int) -> Any:
+        made = super().batch(step, key)
+        return replace(made, text=made.text.repeat(1, 1 + step % 3, 1))
+
+
+def test_compiled_blocks_stay_compiled_for_every_kind_of_call_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond its limit torch computes without the compiler, and tells only its own log."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, fullgraph=True, backend="eager"))
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, cache_size_limit=8):
+        run = trainer(replace(MINUTE, depth_double=2), source=Wordy(), compile=True, micro_batch=1, on_policy_weight=1.0)
+        for iteration in range(2):
+            run.iteration(iteration)
+    torch.compiler.reset()
 
 
 @pytest.fixture(scope="module")
