@@ -181,6 +181,14 @@ class World:
             numbers = numbers.double() / self.size
         return dict(zip(values, numbers.tolist(), strict=True))
 
+    def agree(self, what: object) -> bool:
+        """Whether all processes of this one's sequence group say the same; each of them must ask."""
+        if self.mesh is None or self.sequence_size == 1:
+            return True
+        said: list[object] = [None] * self.sequence_size
+        dist.all_gather_object(said, what, self.mesh.get_group("sequence"))
+        return all(other == said[0] for other in said)
+
     def rows(self, total: int) -> range:
         """Which of `total` global samples are this process's: an equal run of them for each data rank.
 

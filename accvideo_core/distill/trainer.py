@@ -176,7 +176,7 @@ class Trainer:
         self._set_learning_rates(iteration)
         for key in reversed(range(self.segments)):
             draw = iteration * self.segments + self.segments - 1 - key
-            batch = self.source.batch(draw, key).to(self.world.device)
+            batch = self._batch(self.source, draw, key)
             if self.config.trajectory_weight and iteration >= self.config.head_warmup:
                 self.update_by_trajectory(iteration, draw, key, batch)
             if self.teacher is not None:
@@ -205,7 +205,7 @@ class Trainer:
     def update_by_trajectory(self, iteration: int, draw: int, key: int, batch: Batch) -> None:
         """One step of the student on Eq. 6 (or on what takes its place)."""
         told = self.adapter.conditioning(batch, self.source.guidance)
-        x0 = self.source.batch(draw, 0).clean.to(self.world.device) if self.config.target == "x0" else None
+        x0 = self._batch(self.source, draw, 0).clean if self.config.target == "x0" else None
         for at, share in self._micro_batches():
             noisy, clean = batch.noisy[at], batch.clean[at]
             high, low = self._levels(key + 1, noisy), self._levels(key, noisy)
@@ -290,9 +290,20 @@ class Trainer:
         right = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
         self._see(f"heads/right/key_{key}", right, share)
 
+    def _batch(self, source: Source, draw: int, key: int) -> Batch:
+        """A source's, on the device. TrainingError if processes that share each sample's tokens have read different samples: who
+        cannot read one takes another instead, and tokens of two videos would be attended as one."""
+        batch = source.batch(draw, key)
+        if not self.world.agree(batch.ids):
+            raise TrainingError(
+                f"the processes that share each sample's tokens read different samples, this one {', '.join(batch.ids)}: not all "
+                "of them could read one that a warning above names. Go on from the last checkpoint when all can"
+            )
+        return batch.to(self.world.device)
+
     def _shown(self, source: Source, draw: int, key: int) -> Shown:
         """Key latents of a source's draw."""
-        batch = source.batch(draw, key).to(self.world.device)
+        batch = self._batch(source, draw, key)
         weights = [1.0 if self.judged is None else self.judged.weights.get(name, 1.0) for name in batch.ids]
         told = self.adapter.conditioning(batch, self.source.guidance)
         return Shown(batch.clean, told, torch.tensor(weights, device=self.world.device))
@@ -470,7 +481,7 @@ class Trainer:
     def export(self, path: Path, done: int) -> None:
         """The averaged student as one safetensors in interchange names; of a LoRA student the LoRA alone."""
         with self.ema.swapped(self.student):
-            weights = self.world.full_state(self.student)
+            weights = self.world.full_state(self.student, trainable=self.config.lora is not None)
         if self.world.is_main:
             told = {"iteration": str(done), "config": json.dumps(asdict(self.config)), "source": json.dumps(self.told_source())}
             told |= student_metadata(self.segments)

@@ -148,6 +148,11 @@ def build(args: DistillArgs, dataset: str, out: Path, world: World) -> Trainer:
     CheckpointError for weights that do not."""
     config = TrainConfig(**{item.name: getattr(args, item.name) for item in fields(TrainConfig)})
     world.rows(config.batch)  # divides, or this raises
+    if args.held_out % world.data_size:
+        raise InvalidValueError(
+            f"held_out is {args.held_out}, which does not divide among {world.data_size} data-parallel processes; choose a "
+            f"multiple of {world.data_size}, or 0 for no validation"
+        )
     training, aside = split(dataset, args.held_out, args.seed)
     header = training.header
     if not args.any_schedule:

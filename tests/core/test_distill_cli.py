@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from accvideo_core import cli
 from accvideo_core.checkpoint import Student, find_student, load_student
 from accvideo_core.distill.adapters import HunyuanAdapter
+from accvideo_core.distill.parallel import World
 from accvideo_core.distill.source import Judged, SynVidSource, split
-from accvideo_core.errors import AccVideoWarning, SynVidError
+from accvideo_core.errors import AccVideoWarning, InvalidValueError, SynVidError
+from accvideo_core.headless.distill import DistillArgs, build
 from accvideo_core.sampling import few_step, make_noise
 from accvideo_core.schedule import PRESETS
 from accvideo_core.synvid import Header, SynVidDataset
@@ -321,6 +323,21 @@ def test_an_empty_dataset_and_a_truncated_file_are_named(
     with pytest.warns(AccVideoWarning, match="is left out"):
         training, _ = split(tmp_path / "cut", 0)
     assert len(training) == 6
+
+
+def test_held_out_samples_that_do_not_divide_among_the_processes_are_refused_by_name(tmp_path: Path) -> None:
+    """The default of 16 is no multiple of every number of GPUs."""
+
+    class Three:
+        def size(self, dim: int) -> int:
+            return 3
+
+        def get_local_rank(self, name: str) -> int:
+            return 0
+
+    world = World(mesh=Three())  # type: ignore[arg-type]
+    with pytest.raises(InvalidValueError, match="held_out is 16, which does not divide among 3 data-parallel processes"):
+        build(DistillArgs(batch=3), str(tmp_path), tmp_path / "run", world)
 
 
 def test_held_out_samples_are_never_trained_on_and_hang_on_the_seed_alone(captured: Path) -> None:

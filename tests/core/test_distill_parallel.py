@@ -400,6 +400,24 @@ class TestWorld:
         with pytest.raises(InvalidValueError, match="batch of 4 does not divide among 3"):
             World(mesh=Three()).rows(4)  # type: ignore[arg-type]
 
+    def test_processes_that_share_tokens_agree_or_all_know_that_they_do_not(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Pair:
+            def size(self, dim: int) -> int:
+                return 2
+
+            def get_group(self, name: str) -> str:
+                return name
+
+        def gather(said: list[object], own: object, group: str) -> None:
+            assert group == "sequence"
+            said[:] = [("a", "b"), own]
+
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        world = World(mesh=Pair())  # type: ignore[arg-type]
+        assert world.agree(("a", "b"))
+        assert not world.agree(("a", "c"))
+        assert World().agree(("a", "c"))
+
     def test_who_failed_does_not_wait_for_the_others_before_it_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Destroying a group of NCCL's waits for collectives that the others are in, and this process never joins."""
         left: list[str] = []

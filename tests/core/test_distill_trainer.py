@@ -20,6 +20,7 @@ from torch import Tensor
 from accvideo_core.distill import state
 from accvideo_core.distill.config import TrainConfig
 from accvideo_core.distill.health import Health
+from accvideo_core.distill.parallel import World
 from accvideo_core.distill.report import Console
 from accvideo_core.distill.rollout import keyed_noise
 from accvideo_core.distill.source import Judged
@@ -58,6 +59,30 @@ def test_micro_batches_and_checkpointing_are_the_same_training_as_a_batch_in_one
 
     whole, other = descended(lr=0.1, head_lr=0.1), descended(lr=0.1, head_lr=0.1, **chosen)
     assert all(torch.allclose(whole[name], other[name], rtol=0, atol=1e-5) for name in whole)
+
+
+def test_processes_that_share_tokens_do_not_train_on_different_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them could not read a sample and took the next."""
+    run = trainer()
+    before = weights(run)
+    monkeypatch.setattr(type(run.world), "agree", lambda self, what: what != ("1.0", "1.1", "1.2", "1.3"))
+    with pytest.raises(TrainingError, match=r"read different samples, this one 1\.0, 1\.1, 1\.2, 1\.3: not all of them"):
+        run.iteration(0)
+    assert not same(before, weights(run))  # the draw before it was trained on
+
+
+def test_the_export_of_a_lora_copies_its_factors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base, 26 GB of 13 B, stays where it is."""
+    run, copied = trainer(EXPORTABLE, lora=2), dict[str, Tensor]()
+    full_state = World.full_state
+
+    def observed(self: World, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        copied.update(state := full_state(self, *args, **kwargs))
+        return state
+
+    monkeypatch.setattr(World, "full_state", observed)
+    run.export(tmp_path / "lora.safetensors", 0)
+    assert copied and all(".lora_" in name for name in copied)
 
 
 class Wordy(MadeUp):
