@@ -163,7 +163,9 @@ class HunyuanVideoDiT(nn.Module):
         key_lengths = None if lengths is None else tuple(n + length for length in lengths)
         # Here, and not in the blocks: those may be compiled, and a kernel's test cannot be.
         tokens, head_dim = n + txt.shape[1], self.config.head_dim
-        call = Call(latent.device, dtype, head_dim, tokens, tokens, len(latent) * tokens * self.config.hidden_size)
+        elements = len(latent) * tokens * self.config.hidden_size
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (img, txt, *self.parameters()))
+        call = Call(latent.device, dtype, head_dim, tokens, tokens, elements, gradients=gradients)
         self.attention_ran = kernel = settle(self.attention_kernel, call, key_lengths)
         rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device, txt.shape[1])
 

@@ -8,12 +8,14 @@ takes a compiler and its time, is played by what its block masks mean.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import importlib
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -603,6 +605,18 @@ class TestNetwork:
                 net(*inputs())
         finally:
             net.attention_kernel = "sdpa"
+
+    def test_a_kernel_without_a_backward_pass_stops_compiled_blocks_too(self, gpu, install) -> None:
+        """In a compiled block nothing is checked, and its gradients would be those of all else alone."""
+        gpu(ADA)
+        install("sageattention", SAGE1)
+        net = copy.deepcopy(network(BF16)).requires_grad_(True)
+        net.attention_kernel = "sage1"
+        for name in net.block_names():
+            net.get_submodule(name).compile(backend="eager")
+        latent, sigma, told = inputs(1)
+        with pytest.raises(InvalidValueError, match="sage1 has no backward pass"):
+            net(latent, sigma, replace(told, text=torch.randn(1, 56, 24), text_mask=None))  # 64 tokens, which it takes
 
     def test_an_unknown_kernel(self) -> None:
         net = network(torch.float32)
