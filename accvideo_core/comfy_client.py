@@ -81,16 +81,21 @@ class Result:
     warnings: Mapping[str, list[str]] = field(default_factory=dict)
 
 
+def address_of(url: str) -> str:
+    """What may be shown of it: without a name and password."""
+    return re.sub("//[^/]*@", "//", url.rstrip("/"))
+
+
 class ComfyClient:
     """`async with ComfyClient(url) as comfy: result = await comfy.run(prompt)`.
 
-    url      where ComfyUI listens
+    url      where ComfyUI listens; a name and password in it (http://name:password@host) are sent, and told to nobody else
     timeout  seconds an answer to one HTTP request may take; a run itself may take any time, and so may a file while its bytes
              keep coming
     """
 
     def __init__(self, url: str = "http://127.0.0.1:8188", timeout: float = 60.0) -> None:
-        self.url = url.rstrip("/")
+        self.url, self.address = url.rstrip("/"), address_of(url)
         self.client_id = uuid.uuid4().hex
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._file_timeout = aiohttp.ClientTimeout(total=None, connect=timeout, sock_connect=timeout, sock_read=timeout)
@@ -156,9 +161,9 @@ class ComfyClient:
         """The answer of a pack's own route. Raises ComfyError with the route's sentence, or because there is no such route."""
         status, answer = await self._request("POST", path, body)
         if status in (404, 405):
-            raise ComfyError(f"ComfyUI at {self.url} does not know {path}; install AccVideo there, or update it, and restart")
+            raise ComfyError(f"ComfyUI at {self.address} does not know {path}; install AccVideo there, or update it, and restart")
         if status != 200:
-            raise ComfyError(f"ComfyUI at {self.url} answered {path}: {answer.get('error') or f'status {status}'}")
+            raise ComfyError(f"ComfyUI at {self.address} answered {path}: {answer.get('error') or f'status {status}'}")
         return answer
 
     async def interrupt(self, prompt_id: str | None = None) -> None:
@@ -266,14 +271,16 @@ class ComfyClient:
         async with self._open(method, path, json=body) as response:
             text = await response.text(errors="replace")
             if method == "GET" and response.status != 200:
-                raise ComfyError(f"ComfyUI at {self.url} answered {path} with status {response.status}; is this really ComfyUI?")
+                raise ComfyError(
+                    f"ComfyUI at {self.address} answered {path} with status {response.status}; is this really ComfyUI?"
+                )
             try:
                 answer = json.loads(text) if text else {}
             except json.JSONDecodeError:
                 answer = None
             if not isinstance(answer, dict):
                 if response.status == 200:  # the page of another server, or of a proxy that wants a login
-                    raise ComfyError(f"{self.url} answered {path} with no JSON object; is this really ComfyUI?")
+                    raise ComfyError(f"{self.address} answered {path} with no JSON object; is this really ComfyUI?")
                 answer = {"error": f"status {response.status}"}
             return response.status, answer
 
@@ -285,7 +292,7 @@ class ComfyClient:
                     raise self._unreachable(f"status {response.status}")
                 if response.method != method:  # HTTP makes a question of what is posted to an address that has moved
                     address = str(response.url).removesuffix(path)
-                    raise ComfyError(f"{self.url} sends on to {address}; give that as the address")
+                    raise ComfyError(f"{self.address} sends on to {address}; give that as the address")
                 yield response
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, aiohttp.InvalidURL) as error:
             if isinstance(error, AccVideoError):
@@ -295,7 +302,7 @@ class ComfyClient:
     def _unreachable(self, error: BaseException | str) -> ComfyUnreachable:
         reason = str(error) or type(error).__name__
         return ComfyUnreachable(
-            f"no ComfyUI answers at {self.url} ({reason}); start it, or give the address it prints at its start"
+            f"no ComfyUI answers at {self.address} ({reason}); start it, or give the address it prints at its start"
         )
 
     @property

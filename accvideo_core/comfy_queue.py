@@ -22,7 +22,16 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from .comfy_client import SYNVID_MISSING, ComfyClient, ComfyError, ComfyForgot, ComfyRefused, ComfyUnreachable, Progress
+from .comfy_client import (
+    SYNVID_MISSING,
+    ComfyClient,
+    ComfyError,
+    ComfyForgot,
+    ComfyRefused,
+    ComfyUnreachable,
+    Progress,
+    address_of,
+)
 from .comfy_run import run_once, run_vbench
 from .comfy_workflow import WRITER, Nodes, read_workflow, with_settings
 from .errors import InvalidValueError
@@ -164,7 +173,7 @@ def capture(args: QueueArgs, path: Path, template: Template) -> int:
     jobs = [Job(it.prompt, it.seed, template.ids(it.prompt, it.seed)) for it in wanted]
     if args.report is not None:
         check_writable(args.report)
-    report, begin = Report(args.server), time.monotonic()
+    report, begin = Report(address_of(args.server)), time.monotonic()
     try:
         asyncio.run(_Run(args, template, report).all(jobs))
     finally:
@@ -200,7 +209,7 @@ class _Run:
             if absent := sorted(kinds - set(known)):
                 ours = any(kind.startswith("AccVideo") for kind in absent)
                 cure = "install AccVideo into its custom_nodes" if ours else "install the packs they are of"
-                raise ComfyError(f"ComfyUI at {self._args.server} has no node {', '.join(absent)}; {cure} and restart it")
+                raise ComfyError(f"ComfyUI at {self._report.server} has no node {', '.join(absent)}; {cure} and restart it")
             ids = list(dict.fromkeys(name for job in jobs for name in job.ids))
             missing = await self._missing(comfy, ids)
         self._report.samples, self._report.before = len(ids), len(ids) - len(missing)

@@ -18,7 +18,7 @@ WRITER = "AccVideoSynVidWriter"  # its `prompt` records the words that were enco
 def read_workflow(path: Path) -> Nodes:
     """InvalidValueError, naming the file, for what is no workflow in API format."""
     try:
-        nodes = json.loads(path.read_text(encoding="utf-8"))
+        nodes = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise InvalidValueError(f"cannot read the workflow {str(path)!r}: {error}") from error
     if isinstance(nodes, dict) and "nodes" in nodes:

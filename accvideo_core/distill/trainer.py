@@ -411,7 +411,11 @@ class Trainer:
         held_out = self.held_out
         with self.ema.swapped(self.student):
             figures, ours, theirs = validate(
-                self.velocity, lambda b: self.adapter.conditioning(b, held_out.guidance), held_out, self.world.device, self.micro
+                self.velocity,
+                lambda batch: self.adapter.conditioning(batch, held_out.guidance),
+                lambda key: self._batch(held_out, 0, key),
+                torch.tensor(held_out.sigmas, device=self.world.device),
+                self.micro,
             )
         scalars = self.world.mean(figures)
         if self.show is not None and self.world.is_main:

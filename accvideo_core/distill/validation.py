@@ -12,7 +12,7 @@ from torch import Tensor
 from ..media import Pixels, contact_sheet, stack, write_png
 from ..synvid.sheet import Decode, project
 from .losses import euler_step, trajectory_loss
-from .source import Source
+from .source import Batch
 
 Predict = Callable[[Tensor, Tensor, Any], Tensor]
 """(latent (B, C, T, H, W), sigma (B,), conditioning) -> velocity."""
@@ -20,20 +20,21 @@ Predict = Callable[[Tensor, Tensor, Any], Tensor]
 
 @torch.no_grad()
 def validate(
-    predict: Predict, condition: Callable[[Any], Any], source: Source, device: torch.device, rows: int
+    predict: Predict, condition: Callable[[Any], Any], held_out: Callable[[int], Batch], sigmas: Tensor, rows: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """(figures, student's clean latents, teacher's), both latents (B, C, T, H, W), of the held-out draw 0; `rows` at a time.
+    """(figures, student's clean latents, teacher's), both latents (B, C, T, H, W), of the held-out samples; `rows` at a time.
 
+    held_out   the same samples for each key k, from the teacher's key k+1 to its key k
+    sigmas     of the keys, the clean one first; all on one device
     validation/trajectory/key_k  Eq. 6 from the teacher's key k+1 to its key k
     validation/rolled/key_k      distance of the student's key k to the teacher's, where the student begins with the teacher's
                                  noise and takes all steps itself, relative to the teacher's norm; mean over samples
     """
-    sigmas = torch.tensor(source.sigmas, device=device)
     segments = len(sigmas) - 1
     figures: dict[str, Tensor] = {}
     latent = clean = torch.empty(0)
     for key in reversed(range(segments)):
-        batch = source.batch(0, key).to(device)
+        batch = held_out(key)
         told = condition(batch)
         latent = batch.noisy if key == segments - 1 else latent
         forced, rolled, steps = [], [], []

@@ -27,7 +27,7 @@ from .. import __version__
 from ..devices import synchronize
 from ..distill.adapters import Adapter, adapter_for
 from ..distill.parallel import World
-from ..dit.attention import AUTO, check
+from ..dit.attention import AUTO, KERNELS, check
 from ..dit.fp8 import Linears, set_linears
 from ..errors import InvalidValueError
 from ..files import atomic_path, check_writable
@@ -37,6 +37,8 @@ from ..synvid.capture import PATIENCE, batches, pad_texts
 from ..synvid.plan import Plan, PlanItem
 from ..tiny import LATENT_SCALE
 from .models import BUNDLED, Precision, find_network, load_network
+
+EXACT = "exact"  # what a latent says of its attention unless a lossy kernel computed it
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,7 @@ def run(args: SampleArgs) -> int:
             "shift": preset.shift if args.shift is None else args.shift,
             "guidance": guidance,
             "linears": args.linears,
+            "attention": args.attention if args.attention != AUTO and KERNELS[args.attention].lossy else EXACT,
         }
         items = _missing(plan, args.out, recipe, world)
         if items:
@@ -154,7 +157,7 @@ def _is_there(out: Path, item: PlanItem, recipe: dict[str, Any]) -> bool:
         return False
     try:
         with safe_open(path, framework="pt") as file:
-            found = json_module.loads((file.metadata() or {})["accvideo"])
+            found = {"attention": EXACT, **json_module.loads((file.metadata() or {})["accvideo"])}  # which earlier ones left out
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InvalidValueError(f"{path} is no latent of this command's ({error}); choose another folder") from error
     now = {**recipe, "prompt": item.prompt, "seed": item.seed, "shape": list(item.shape)}

@@ -58,6 +58,7 @@ def run(args: CompareArgs) -> int:
         check_writable(path)
     device = pick_device(args.device)
     pipelines = {which: TinyPipeline.load(which, device) for which in ("teacher", "student")}
+    pipelines["student"].condition(args.prompts)  # a prompt that says nothing to the tiny world is told before the work
     for pipeline in pipelines.values():  # the first call pays for start-up; it is not what is compared
         pipeline.generate(args.prompts[:1], [args.seed], steps=1)
 

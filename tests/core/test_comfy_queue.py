@@ -117,6 +117,8 @@ def test_it_says_why_there_is_no_use_in_trying(stand_in, tmp_path: Path, capsys:
     kinds = {node["class_type"]: {} for node in json.loads(TINY.read_text()).values()}
     plain = {kind: {} for kind in kinds if not kind.startswith("AccVideo")}
     assert f"no ComfyUI answers at {closed}" in says(closed)
+    assert f"no ComfyUI answers at {closed}" in says(closed.replace("//", "//me:secret@"))
+    assert json.loads((tmp_path / "report.json").read_text())["server"] == closed
     absent = ", ".join(sorted(set(kinds) - set(plain)))
     assert f"has no node {absent}; install AccVideo into its custom_nodes" in says(stand_in(plain))
     assert "does not know /accvideo/synvid/missing; install AccVideo there, or update it" in says(stand_in(kinds))

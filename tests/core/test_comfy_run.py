@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import re
 from functools import partial
@@ -36,8 +37,10 @@ def test_every_shipped_workflow_that_samples_has_places_for_a_prompt_and_a_seed(
     assert set(words) == {"a blue = square"} and set(seeds) == {12}
 
 
-def test_settings_name_a_node_by_id_title_or_class_and_keep_its_kind() -> None:
+def test_settings_name_a_node_by_id_title_or_class_and_keep_its_kind(tmp_path: Path) -> None:
     nodes = read_workflow(TINY)
+    (marked := tmp_path / "w.json").write_bytes(codecs.BOM_UTF8 + TINY.read_bytes())  # as Windows' editors write it
+    assert read_workflow(marked) == nodes
     for name in ("4", "AccVideo Sampler", "AccVideoSampler"):
         assert with_settings(nodes, [f"{name}.shift=3"])["4"]["inputs"]["shift"] == 3
     changed = with_settings(nodes, ["steps=8", "which=teacher", "width=128", "SaveVideo.filename_prefix=a/b=c"])

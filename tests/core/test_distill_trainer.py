@@ -63,12 +63,15 @@ def test_micro_batches_and_checkpointing_are_the_same_training_as_a_batch_in_one
 
 def test_processes_that_share_tokens_do_not_train_on_different_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them could not read a sample and took the next."""
-    run = trainer()
+    run = trainer(held_out=MadeUp(2))
     before = weights(run)
     monkeypatch.setattr(type(run.world), "agree", lambda self, what: what != ("1.0", "1.1", "1.2", "1.3"))
     with pytest.raises(TrainingError, match=r"read different samples, this one 1\.0, 1\.1, 1\.2, 1\.3: not all of them"):
         run.iteration(0)
     assert not same(before, weights(run))  # the draw before it was trained on
+    monkeypatch.setattr(type(run.world), "agree", lambda self, what: False)
+    with pytest.raises(TrainingError, match="read different samples"):  # nor are they judged on such
+        run.validate(1)
 
 
 def test_the_export_of_a_lora_copies_its_factors_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

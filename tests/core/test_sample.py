@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from accvideo_core import cli
 from accvideo_core.checkpoint import save_original
 from accvideo_core.distill.adapters import adapter_for
 from accvideo_core.dit import DiTConfig
+from accvideo_core.dit.attention import KERNELS
 from accvideo_core.errors import InvalidValueError
 from accvideo_core.media import read_mp4
 from accvideo_core.synvid.plan import Plan
@@ -130,6 +132,15 @@ def test_a_folder_made_otherwise_and_bad_values_are_refused(
     assert said in capsys.readouterr().err
     after = latents_of(folder / "alone")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_latents_of_a_lossy_kernel_are_not_mixed_with_others(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(command(folder, "alone", "--attention", "sdpa")) == 0
+    monkeypatch.setitem(KERNELS, "sdpa", replace(KERNELS["sdpa"], lossy=True))
+    assert cli.main(command(folder, "alone", "--attention", "sdpa")) == 2
+    assert "attention 'exact' there, 'sdpa' now" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_ours_is_left_alone(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from accvideo_core.errors import AccVideoError, InvalidValueError
+from accvideo_core.errors import AccVideoError, InvalidValueError, PromptError
 from accvideo_core.sampling import make_noise
 from accvideo_core.studies import compare, evaluation
 from accvideo_core.tiny import LATENT_SCALE, clips, load_tiny, oracle
@@ -190,6 +190,9 @@ def test_compare_writes_video_and_sheet_and_measures(tmp_path, capsys, monkeypat
     seconds = said["sampling_seconds"]
     assert set(seconds) == {"teacher_10", "teacher_2", "student_2"}
     assert said["speedup"] == pytest.approx(seconds["teacher_10"] / seconds["student_2"])
+    monkeypatch.setattr(TinyPipeline, "generate", None)  # nothing is made before all prompts are known to be of use
+    with pytest.raises(PromptError, match="no word of 'an elephant' is known"):
+        compare.run(compare.CompareArgs((PROMPT, "an elephant"), tmp_path, device="cpu"))
 
 
 def test_evaluate_scores_and_keeps_the_frames(tmp_path, capsys):
