@@ -29,6 +29,7 @@ def validate(
     validation/trajectory/key_k  Eq. 6 from the teacher's key k+1 to its key k
     validation/rolled/key_k      distance of the student's key k to the teacher's, where the student begins with the teacher's
                                  noise and takes all steps itself, relative to the teacher's norm; mean over samples
+    validation/amplitude         root mean square of the student's clean latents, so made, over the teacher's
     """
     segments = len(sigmas) - 1
     figures: dict[str, Tensor] = {}
@@ -48,6 +49,7 @@ def validate(
         latent, clean = torch.cat(steps), batch.clean
         figures[f"validation/trajectory/key_{key}"] = torch.stack(forced).mean()
         figures[f"validation/rolled/key_{key}"] = torch.cat(rolled).mean()
+    figures["validation/amplitude"] = (latent.float().square().mean() / clean.float().square().mean()).sqrt()
     return figures, latent, clean
 
 
