@@ -76,7 +76,7 @@ def prompt_places(nodes: Nodes) -> list[tuple[str, str]]:
 
 
 def _first_texts(nodes: Nodes, inputs: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The first texts met on the way back from these inputs."""
+    """The first texts met on the way back from these inputs, but for what comes into a node as its negative."""
     places, ways, seen = list[tuple[str, str]](), list(inputs), set[str]()
     while ways:
         node, key = ways.pop(0)
@@ -87,8 +87,9 @@ def _first_texts(nodes: Nodes, inputs: list[tuple[str, str]]) -> list[tuple[str,
         if source in nodes and source not in seen:
             seen.add(source)
             held = nodes[source]["inputs"]
-            texts = [it for it in TEXTS if it in held] or [it for it, given in held.items() if isinstance(given, list)]
-            ways += [(source, it) for it in texts]
+            texts = [it for it in TEXTS if it in held]
+            links = [it for it, given in held.items() if isinstance(given, list) and it != "negative"]
+            ways += [(source, it) for it in texts or links]
     return places
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..media import Pixels, contact_sheet, stack, write_png
+from ..synvid import Batch
 from ..synvid.sheet import Decode, project
 from .losses import euler_step, trajectory_loss
-from .source import Batch
 
 Predict = Callable[[Tensor, Tensor, Any], Tensor]
 """(latent (B, C, T, H, W), sigma (B,), conditioning) -> velocity."""
@@ -20,7 +20,7 @@ Predict = Callable[[Tensor, Tensor, Any], Tensor]
 
 @torch.no_grad()
 def validate(
-    predict: Predict, condition: Callable[[Any], Any], held_out: Callable[[int], Batch], sigmas: Tensor, rows: int
+    predict: Predict, condition: Callable[[Batch], Any], held_out: Callable[[int], Batch], sigmas: Tensor, rows: int
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """(figures, student's clean latents, teacher's), both latents (B, C, T, H, W), of the held-out samples; `rows` at a time.
 

@@ -65,7 +65,8 @@ def run(args: DecodeArgs) -> int:
     frame_rate(fps)  # can be stored, or this raises
     told = {"key": args.key, "fps": fps, "teacher": store.header.teacher, "fingerprint": store.header.fingerprint}
     chosen = [samples[name] for name in dict.fromkeys(args.samples or samples)][: args.count]
-    wanted = [sample for sample in chosen if not _is_there(args.out / f"{sample.id}.mp4", told | _of(sample))]
+    with tqdm(chosen, desc="looking", unit="video", disable=args.json, leave=False) as bar:  # milliseconds each that is there
+        wanted = [sample for sample in bar if not _is_there(args.out / f"{sample.id}.mp4", told | _of(sample))]
     check_writable(args.out / "video.mp4")
     vae = load_vae(args.vae, pick_device(args.device), args.dtype, not args.whole) if wanted else None
     for sample in tqdm(wanted, desc="decoding", unit="video", disable=args.json, leave=False):

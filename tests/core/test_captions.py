@@ -221,7 +221,7 @@ def test_as_many_are_asked_at_once_as_there_are_workers() -> None:
             writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
             writer.close()
 
-        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0, backlog=workers) as server:
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
             async with VisionClient(url, Asking("What is this?", timeout=20, tries=1), "vision") as vision:
                 return len(await asyncio.gather(*(vision.describe([b"a picture"]) for _ in range(workers))))

@@ -85,8 +85,11 @@ def test_the_words_are_found_through_other_nodes() -> None:
         "n": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["z", 0], "text": "bad"}},
         "s": {"class_type": "KSampler", "inputs": {"positive": ["c", 0], "negative": ["n", 0], "seed": 1}},
     }
-    changed = with_settings(nodes, ["prompt=new"])
-    assert changed["a"]["inputs"]["value"] == "new" and changed["n"]["inputs"]["text"] == "bad"
+    both = {"class_type": "WanImageToVideo", "inputs": {"positive": ["c", 0], "negative": ["n", 0], "vae": ["v", 0]}}
+    sampler = {"class_type": "KSampler", "inputs": {"positive": ["w", 0], "negative": ["w", 1], "seed": 1}}
+    through = nodes | {"w": both, "s": sampler}
+    for changed in (with_settings(nodes, ["prompt=new"]), with_settings(through, ["prompt=new"])):
+        assert changed["a"]["inputs"]["value"] == "new" and changed["n"]["inputs"]["text"] == "bad"
 
 
 @pytest.mark.parametrize("told", ["old", ["a", 0]], ids=["written", "linked"])

@@ -63,14 +63,18 @@ def test_micro_batches_and_checkpointing_are_the_same_training_as_a_batch_in_one
 
 def test_processes_that_share_tokens_do_not_train_on_different_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them could not read a sample and took the next."""
-    run = trainer(held_out=MadeUp(2))
+    run = trainer()
     before = weights(run)
     monkeypatch.setattr(type(run.world), "agree", lambda self, what: what != ("1.0", "1.1", "1.2", "1.3"))
     with pytest.raises(TrainingError, match=r"read different samples, this one 1\.0, 1\.1, 1\.2, 1\.3: not all of them"):
         run.iteration(0)
     assert not same(before, weights(run))  # the draw before it was trained on
+
+
+def test_processes_that_share_tokens_do_not_validate_on_different_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(held_out=MadeUp(2))
     monkeypatch.setattr(type(run.world), "agree", lambda self, what: False)
-    with pytest.raises(TrainingError, match="read different samples"):  # nor are they judged on such
+    with pytest.raises(TrainingError, match=r"read different samples, this one 0\.0, 0\.1: not all of them"):
         run.validate(1)
 
 
@@ -101,7 +105,7 @@ def test_compiled_blocks_stay_compiled_for_every_kind_of_call_there_is(monkeypat
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, fullgraph=True, backend="eager"))
     torch.compiler.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, cache_size_limit=8):
+    with torch._dynamo.config.patch(fail_on_cache_limit_hit=True, cache_size_limit=8):
         run = trainer(replace(MINUTE, depth_double=2), source=Wordy(), compile=True, micro_batch=1, on_policy_weight=1.0)
         for iteration in range(2):
             run.iteration(iteration)

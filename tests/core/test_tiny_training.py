@@ -223,6 +223,8 @@ def test_bad_training_arguments_are_named(tmp_path):
     for amplitude in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(InvalidValueError, match=f"amplitude is {amplitude}; it must be above 0"):
             make_task(training.TrainArgs("student", amplitude=amplitude), tmp_path, torch.device("cpu"))
+    with pytest.raises(InvalidValueError, match=r"amplitude is 0\.9, but turns is \(0, 3\), without the last segment, 4"):
+        make_task(training.TrainArgs("student", amplitude=0.9, turns=(0, 3)), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="teacher steps is 0; it must be at least 1"):
         make_task(training.TrainArgs("student", teacher_steps=0), tmp_path, torch.device("cpu"))
     with pytest.raises(InvalidValueError, match="teacher steps is 3, but no segment is pushed; give --push"):

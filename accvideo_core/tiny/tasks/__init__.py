@@ -37,6 +37,10 @@ def make_task(args: TrainArgs, weights: Path, device: torch.device) -> Task:
         raise InvalidValueError(f"turns is {args.turns}; the segments are 0 to {KEYS - 1}, 0 the one that begins with noise")
     if not 0 < args.amplitude < math.inf:
         raise InvalidValueError(f"amplitude is {args.amplitude}; it must be above 0, and 1 leaves the clean latents as they are")
+    if args.amplitude != 1 and KEYS - 1 not in (args.turns or range(KEYS)):
+        raise InvalidValueError(
+            f"amplitude is {args.amplitude}, but turns is {args.turns}, without the last segment, {KEYS - 1}, its own; add it"
+        )
     if args.push and (args.dataset or args.early) and all(args.push[k] is not None for k in args.turns or range(KEYS)):
         raise InvalidValueError(
             f"push is {args.push}, so that every segment trained on is the student's own; leave out --dataset and --early, or "
