@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 from ..files import atomic_path
@@ -114,7 +115,8 @@ def _cell(estimate: Estimate, measure: Measure) -> str:
 
 
 def draw(path: Path, results: Sequence[Mapping[str, Any]], estimates: Mapping[str, Sequence[Estimate]]) -> None:
-    """A panel for each measure: arms below one another, each seed a dot, the mean with its interval; dashed what is perfect."""
+    """A panel for each measure: arms below one another, each seed a dot, the mean with its interval; dashed what is perfect. An
+    arm far from all others is told by a number at the edge: else it alone would be seen."""
     columns = 3
     rows = math.ceil(len(MEASURES) / columns)
     figure = plots.new_figure(15, 1.2 + rows * (0.9 + 0.27 * len(estimates)))
@@ -122,11 +124,18 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]], estimates: Mapping[st
     names = list(estimates)
     for number, measure in enumerate(MEASURES):
         axes = plots.bare(grid[number // columns][number % columns], measure.title)
+        own = [estimates[arm][number] for arm in names]
+        left, right = _span([bound for e in own for bound in (e.value, e.low, e.high)], measure.ideal)
+        axes.set_xlim(left, right)
         for place, arm in enumerate(names):
             estimate = estimates[arm][number]
             colour = plots.VERMILION if arm == "full" else plots.GREY if ARMS[arm].config is None else plots.BLUE
             reach = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
             axes.errorbar([estimate.value], [place], xerr=reach, fmt="o", color=colour, capsize=3)
+            if not left <= estimate.value <= right:
+                edge, side = (left, "left") if estimate.value < left else (right, "right")
+                told = f"{estimate.value:{measure.form}}"
+                axes.text(edge, place + 0.1, f"← {told}" if side == "left" else f"{told} →", ha=side, va="top", color=colour)
             seeds = [value_of(r, measure)["value"] for r in results if r["arm"] == arm]
             if len(seeds) > 1:
                 axes.plot(seeds, [place + 0.25] * len(seeds), ".", color=colour, alpha=0.5, markersize=4)
@@ -138,3 +147,13 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]], estimates: Mapping[st
     for empty in grid.flat[len(MEASURES) :]:
         empty.set_visible(False)
     plots.save(figure, path)
+
+
+def _span(values: Sequence[float], ideal: float | None) -> tuple[float, float]:
+    """The axis that shows these, but for what lies 20 times as far from their median as half of them do."""
+    found = [value for value in values if math.isfinite(value)]
+    middle = median(found)
+    far = 20 * median(abs(value - middle) for value in found)
+    near = [value for value in found if abs(value - middle) <= far] + ([] if ideal is None else [ideal])
+    margin = 0.06 * (max(near) - min(near)) or 0.1
+    return min(near) - margin, max(near) + margin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -246,3 +247,9 @@ def test_estimates_are_over_seeds_or_over_prompts() -> None:
     assert list(found) == ["teacher-5", "full"] and len(found["full"]) == len(ablation_report.MEASURES)
     share = ablation_report.MEASURES[0]
     assert ablation_report._cell(metrics.Estimate(0.028, -0.322, 0.377), share) == "2.8% (0.0% to 37.7%)"
+
+
+def test_one_arm_that_is_far_off_does_not_hide_the_others() -> None:
+    left, right = ablation_report._span([1.0, 1.12, 1.07, 1.08, 1.45, 7.04, -3.0, math.nan], 1.0)
+    assert 0.9 < left < 1.0 and 1.45 < right < 1.6
+    assert ablation_report._span([0.5, 0.5], None) == (0.4, 0.6)
