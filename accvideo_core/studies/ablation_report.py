@@ -135,7 +135,7 @@ def draw(path: Path, results: Sequence[Mapping[str, Any]], estimates: Mapping[st
             if not left <= estimate.value <= right:
                 edge, side = (left, "left") if estimate.value < left else (right, "right")
                 told = f"{estimate.value:{measure.form}}"
-                axes.text(edge, place + 0.1, f"← {told}" if side == "left" else f"{told} →", ha=side, va="top", color=colour)
+                axes.text(edge, place + 0.1, f"‹ {told}" if side == "left" else f"{told} ›", ha=side, va="top", color=colour)
             seeds = [value_of(r, measure)["value"] for r in results if r["arm"] == arm]
             if len(seeds) > 1:
                 axes.plot(seeds, [place + 0.25] * len(seeds), ".", color=colour, alpha=0.5, markersize=4)
