@@ -195,3 +195,21 @@ def append_at(path: Path, end: int, line: bytes) -> int:
     except OSError as error:
         raise output_error(path, error) from error
     return end + len(line)
+
+
+class Lines:
+    """A file of lines that one process at a time adds to, whose `content` was read; by default it is still to be made.
+
+    end  of its last whole line: what follows was being written when its writer died, and `add` writes over it
+    """
+
+    def __init__(self, path: Path, content: bytes = b"") -> None:
+        self.path, self.end, self._size = path, content.rfind(b"\n") + 1, len(content)
+
+    def is_changed(self) -> bool:
+        """Whether another process has changed the file since."""
+        return (self.path.stat().st_size if self.path.exists() else 0) != self._size
+
+    def add(self, line: bytes) -> None:
+        """Write a line as `append_at` does."""
+        self.end = self._size = append_at(self.path, self.end, line)

@@ -88,9 +88,7 @@ def read_mp4(path: str | os.PathLike[str]) -> Video:
 
     Raises InvalidValueError, naming the file, where it is missing, damaged or holds no video.
     """
-    with _opened(path) as container:
-        if not container.streams.video:
-            raise InvalidValueError(f"{str(path)!r} holds no video; give an MP4 or another video file")
+    with opened_video(path) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         rate, metadata = stream.average_rate, dict(container.metadata)
@@ -101,15 +99,19 @@ def read_mp4(path: str | os.PathLike[str]) -> Video:
 
 def read_metadata(path: str | os.PathLike[str]) -> Mapping[str, str]:
     """The text that a video file carries; no frame is decoded. InvalidValueError as `read_mp4`."""
-    with _opened(path) as container:
+    with opened_video(path) as container:
         return dict(container.metadata)
 
 
 @contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+def opened_video(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """The container of a video file (PyAV), with a video in it. InvalidValueError, naming the file, for another file, and where
+    reading from it fails."""
     try:
         # FFmpeg takes what stands before a colon for a protocol, unless the path is absolute; and a title may be no UTF-8.
         with av.open(os.path.abspath(path), metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise InvalidValueError(f"{str(path)!r} holds no video; give an MP4 or another video file")
             yield container
     except (av.error.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or error

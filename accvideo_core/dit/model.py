@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,7 +165,7 @@ class HunyuanVideoDiT(nn.Module):
         # Here, and not in the blocks: those may be compiled, and a kernel's test cannot be.
         tokens, head_dim = n + txt.shape[1], self.config.head_dim
         elements = len(latent) * tokens * self.config.hidden_size
-        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (img, txt, *self.parameters()))
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in chain((img, txt), self.parameters()))
         call = Call(latent.device, dtype, head_dim, tokens, tokens, elements, gradients=gradients)
         self.attention_ran = kernel = settle(self.attention_kernel, call, key_lengths)
         rope = rope_table(grid, self.config.rope_dims, self.config.rope_theta, latent.device, txt.shape[1])

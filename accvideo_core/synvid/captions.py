@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from ..errors import AccVideoError, InvalidValueError, PromptError
-from ..files import append_at, check_writable
+from ..files import Lines, check_writable
 from .frames import as_jpeg, sample_frames
 from .vision import Asking, EndpointError, VisionClient, VisionError
 
@@ -74,7 +74,7 @@ class CaptionFile:
         """Raises PromptError for a file of another kind, OutputError where none can be written."""
         if path.suffix.lower() != ".jsonl":
             raise PromptError(f"{str(path)!r} must end in .jsonl: beside the prompt a line says which video it is of")
-        self.path, self._end, self._size = path, 0, 0
+        self.path, self._lines = path, Lines(path)
         self.done: set[str] = set()
         if not path.exists():
             check_writable(path)
@@ -83,8 +83,8 @@ class CaptionFile:
             content = path.read_bytes()
         except OSError as error:
             raise PromptError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-        self._end, self._size = content.rfind(b"\n") + 1, len(content)  # what follows was being written when its writer died
-        for number, line in enumerate(content[: self._end].splitlines(), 1):
+        self._lines = Lines(path, content)
+        for number, line in enumerate(content[: self._lines.end].splitlines(), 1):
             try:
                 self.done.add(str(json_module.loads(line)["key"]))
             except (ValueError, KeyError, TypeError) as error:
@@ -94,11 +94,11 @@ class CaptionFile:
         """Add a video's line; when this returns it is on the disk. PromptError where another process has changed the file."""
         text = json_module.dumps({**told, "key": key}, ensure_ascii=False)
         line = text.encode("utf-8", "backslashreplace") + b"\n"  # of a path that is no UTF-8, what JSON has for such bytes
-        if (self.path.stat().st_size if self.path.exists() else 0) != self._size:
+        if self._lines.is_changed():
             raise PromptError(
                 f"another process has changed {str(self.path)!r}; let one at a time add to it, then start again, which goes on"
             )
-        self._end = self._size = append_at(self.path, self._end, line)
+        self._lines.add(line)
         self.done.add(key)
 
 

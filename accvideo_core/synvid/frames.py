@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InvalidValueError
+from ..media import opened_video
 
 
 def sample_frames(path: Path, count: int, side: int) -> list[Image.Image]:
@@ -21,17 +21,10 @@ def sample_frames(path: Path, count: int, side: int) -> list[Image.Image]:
 
     Raises InvalidValueError, naming the file, where it is missing, damaged or holds no video.
     """
-    try:
-        # As in `media`: a path with a colon, and a title that is no UTF-8.
-        with av.open(os.path.abspath(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise InvalidValueError(f"{str(path)!r} holds no video")
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            frames = list(_at_moments(container, stream, count))
-    except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidValueError(f"cannot read {str(path)!r} as a video: {reason}") from error
+    with opened_video(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        frames = list(_at_moments(container, stream, count))
     if not frames:
         raise InvalidValueError(f"{str(path)!r} holds no video frames; it may be cut off")
     return [_upright(frame, side) for frame in frames]

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import SynVidError
-from ..files import append_at, atomic_path, check_writable
+from ..files import Lines, atomic_path, check_writable
 from .folder import Folder
 from .manifest import HASH, Origin, SampleInfo, check_info
 from .store import sample_id
@@ -69,8 +69,8 @@ class Plan:
         self.path = Path(path)
         self.items: dict[str, PlanItem] = {}
         self.negatives: dict[str, str] = {}
-        self._end = self._size = 0
         file = self.path / FILE
+        self._lines = Lines(file)
         if not file.exists():
             if not create:
                 raise SynVidError(f"{self.path} holds no plan ({FILE} is missing); make one: accvideo encode prompts.txt -o PLAN")
@@ -80,9 +80,8 @@ class Plan:
             content = file.read_bytes()
         except OSError as error:
             raise SynVidError(f"cannot read {file}: {error.strerror or error}") from error
-        # What follows the last line's end was being written when its writer died; `add` writes over it.
-        self._end, self._size = content.rfind(b"\n") + 1, len(content)
-        for number, line in enumerate(content[: self._end].splitlines(), 1):
+        self._lines = Lines(file, content)
+        for number, line in enumerate(content[: self._lines.end].splitlines(), 1):
             self._take(_from_line(line, f"{file}, line {number}"))
         if (self.path / NEGATIVES).exists():
             self.negatives = _read_negatives(self.path / NEGATIVES)
@@ -104,9 +103,11 @@ class Plan:
         item = PlanItem(name, prompt, put_text(self.path, text, pooled), int(seed), (channels, frames, height, width))
         _check(item)
         line = json.dumps(asdict(item), ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        if (file := self.path / FILE).exists() and file.stat().st_size != self._size:
-            raise SynVidError(f"another process is adding to {file}; let one at a time, then start this one again, which goes on")
-        self._end = self._size = append_at(file, self._end, line)
+        if self._lines.is_changed():
+            raise SynVidError(
+                f"another process is adding to {self.path / FILE}; let one at a time, then start this one again, which goes on"
+            )
+        self._lines.add(line)
         self._take(item)
         return item
 

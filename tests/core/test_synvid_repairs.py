@@ -49,6 +49,10 @@ def test_a_second_writer_of_a_plan_is_refused_and_nothing_is_lost(tmp_path: Path
     assert [item.prompt for item in Plan(tmp_path).items.values()] == ["a", "b"]
     Plan(tmp_path).add("c", torch.ones(1, 3), None, 0, SHAPE)
     assert [item.prompt for item in Plan(tmp_path).items.values()] == ["a", "b", "c"]
+    late = Plan(tmp_path)
+    late._lines.path.unlink()  # added to as it was, it would begin with a hole
+    with pytest.raises(SynVidError, match="another process is adding to"):
+        late.add("d", torch.ones(1, 3), None, 0, SHAPE)
 
 
 def small(folder: Path, count: int) -> Plan:

@@ -85,8 +85,12 @@ class StudentTask:
         self.first = self.teacher if start is None else self.begin_with(start)
         self.turns, self.push, self.teacher_steps = turns or range(KEYS), push or [None] * KEYS, teacher_steps
         self.amplitude = amplitude
-        chosen = {"push": push, "turns": turns, "teacher_steps": [teacher_steps] if push else ()}
-        chosen["amplitude"] = [amplitude] if amplitude != 1 else ()
+        chosen: dict[str, Sequence[float | None]] = {
+            "push": push,
+            "turns": turns,
+            "teacher_steps": [teacher_steps] if push else (),
+            "amplitude": [amplitude] if amplitude != 1 else (),
+        }
         self.made_from |= {name: " ".join(map(str, values)) for name, values in chosen.items() if values}
         self.network = copy.deepcopy(self.first)
         self.network.requires_grad_(True).train()
